@@ -1,0 +1,272 @@
+"""A run's folder: what it holds, who may write to it, and how its log survives a kill.
+
+    runs/<name>/
+      recipe.json        the resolved recipe
+      data/              what prepare made: token arrays and held-out rows
+      metrics.jsonl      one object an update: step, loss, lr, tokens, seconds
+      provenance.json    digests of data, base and code; packages; device
+      checkpoints/       step-N/
+      adapter/           the result
+      evaluation.json    base against tuned, and the gate
+      report.html        the run as one page
+
+One process writes at a time (a lock); a folder belongs to one recipe. Files are replaced by
+rename, so a reader never sees half of one. metrics.jsonl only grows, except that a resumed run
+drops the lines after the checkpoint that it resumes from: every update is in it exactly once.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import tuneship
+from tuneship.errors import InputError, OutsideError
+from tuneship.recipe import Recipe, validate
+
+# The sections that decide what the weights become. The others may change between two commands.
+_WEIGHTS = ("model", "data", "lora", "train")
+
+# How often a run is watched, not what it computes.
+_HARMLESS = {"train.logging_steps", "train.save_steps", "train.save_total_limit", "train.eval_steps"}
+
+
+class Run:
+    """A run's folder. Make one with `open_run` (to write) or `read_run` (to read)."""
+
+    def __init__(self, path: Path, recipe: Recipe) -> None:
+        self.path, self.recipe = path, recipe
+        self.data = path / "data"
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.merged = path / "merged"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_file = path / "report.html"
+        self.provenance_file = path / "provenance.json"
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The updates so far; a torn last line, from a kill, is not one."""
+        return list(_lines(self.metrics_file))
+
+    def rewind(self, step: int) -> None:
+        """Drops what metrics.jsonl says of updates after `step`."""
+        if self.metrics_file.exists():
+            kept = [line for line in self.metrics() if line["step"] <= step]
+            write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    @contextmanager
+    def log(self) -> Iterator[MetricsLog]:
+        """Appends to metrics.jsonl."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            yield MetricsLog(file)
+
+    def provenance(self) -> dict[str, Any]:
+        """What is known of where the run came from."""
+        return read_json(self.provenance_file) if self.provenance_file.exists() else {}
+
+    def record(self, **facts: Any) -> None:
+        """Adds facts to provenance.json."""
+        write_json(self.provenance_file, {**self.provenance(), **facts})
+
+
+class MetricsLog:
+    """An open metrics.jsonl."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, **values: Any) -> None:
+        """One line, given to the operating system at once: a killed process loses none."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Onto the disk: a checkpoint must not be newer than its log."""
+        os.fsync(self._file.fileno())
+
+
+@contextmanager
+def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run]:
+    """Opens a run's folder for writing, and makes it if there is none.
+
+    Args:
+        fresh: put an existing run aside (as `<name>.old-<time>`) and start anew.
+
+    Raises:
+        InputError: the folder is no run, or belongs to another recipe.
+        OutsideError: another process writes to it, or it cannot be written.
+    """
+    if path.is_symlink():
+        raise InputError("a run's folder must not be a symbolic link", where=str(path), fix="name its target")
+    if fresh and (path / "recipe.json").exists():
+        with _lock(path):
+            stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+            path.rename(path.with_name(f"{path.name}.old-{stamp}"))
+    file = path / "recipe.json"
+    if path.exists() and not path.is_dir():
+        raise InputError("a run needs a folder; this is a file", where=str(path), fix="name another with --run")
+    if path.is_dir() and not file.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+        raise InputError(
+            "the folder is not empty and holds no run", where=str(path), fix="name an empty or new folder with --run"
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _refused(path, error) from error
+    with _lock(path):
+        if file.exists():
+            _same_weights(validate(read_json(file), where=str(file)), recipe, path)
+        try:
+            write_json(file, recipe.model_dump(mode="json"))
+            for folder in ("data", "checkpoints"):
+                (path / folder).mkdir(exist_ok=True)
+        except OSError as error:
+            raise _refused(path, error) from error
+        yield Run(path, recipe)
+
+
+def read_run(path: Path) -> Run:
+    """A run's folder for reading.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    file = path / "recipe.json"
+    if not file.is_file():
+        raise InputError("no run here: recipe.json is missing", where=str(path), fix="name a run folder, as runs/tiny")
+    return Run(path, validate(read_json(file), where=str(file)))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run's folder."""
+    return (path / "recipe.json").is_file()
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    try:
+        file = (path / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _refused(path, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise OutsideError(
+                f"another process (pid {file.read().strip() or 'unknown'}) writes to this run",
+                where=str(path),
+                fix="wait for it, or name another folder with --run",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _refused(path: Path, error: OSError) -> OutsideError:
+    return OutsideError(
+        f"the run's folder cannot be written: {error.strerror}", where=str(path), fix="name another with --run"
+    )
+
+
+def _same_weights(old: Recipe, new: Recipe, path: Path) -> None:
+    before, after = (dict(_flat(r.model_dump(mode="json", include=set(_WEIGHTS)), "")) for r in (old, new))
+    changed = [key for key in before | after if before.get(key) != after.get(key) and key not in _HARMLESS]
+    if changed:
+        difference = "; ".join(f"{key}: {before.get(key)!r} there, {after.get(key)!r} now" for key in changed[:5])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise InputError(
+            f"the folder belongs to another recipe ({difference}{more})",
+            where=str(path),
+            fix="name another folder with --run, or start anew with --fresh (the old run is kept beside it)",
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}.")
+        else:
+            yield path, value
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    if not file.exists():
+        return
+    with file.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file by rename, after its bytes are on the disk."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Replaces a JSON file by rename."""
+    write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file's value.
+
+    Raises:
+        InputError: it is not JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"not JSON: {error}", where=str(file)) from error
+
+
+def sha256_file(file: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def code_facts() -> dict[str, Any]:
+    """What ran: our code by digest, and the versions of the packages that compute."""
+    digest = hashlib.sha256()
+    root = Path(tuneship.__file__).parent
+    for source in sorted(root.rglob("*.py")):
+        digest.update(str(source.relative_to(root)).encode() + b"\0" + source.read_bytes())
+    names = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "metaflow", "datasets")
+    versions = {name: version for name in names if (version := _version(name))}
+    return {
+        "tuneship": tuneship.__version__,
+        "code_sha256": digest.hexdigest(),
+        "python": platform.python_version(),
+        "platform": f"{sys.platform} {platform.machine()}",
+        "packages": versions,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,514 @@
+"""The recipe: one YAML file that says everything about a run.
+
+Names are those of TRL and PEFT wherever one exists. Precedence: defaults < file < the tutorial's
+environment names < `--set section.key=value`. A key that does not exist, a value of the wrong
+type and a setting that would have no effect are errors; they name the key, its line, and the
+nearest key that does exist.
+
+    recipe = load("tiny", overrides=["train.seed=1"])
+    print(dump(recipe))
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+from tuneship.credentials import refuse_secrets
+from tuneship.errors import InputError
+
+MAX_RECIPE_BYTES = 256 * 1024
+
+# The tutorial's environment names, and the keys that they set.
+ENVIRONMENT = {
+    "MODEL_NAME": "model.model_name_or_path",
+    "LORA_R": "lora.r",
+    "LORA_ALPHA": "lora.lora_alpha",
+    "TRAIN_BATCH_SIZE": "train.per_device_train_batch_size",
+    "EVAL_BATCH_SIZE": "evaluate.per_device_eval_batch_size",
+    "GRADIENT_ACCUMULATION_STEPS": "train.gradient_accumulation_steps",
+    "DATASET_LIMIT": "data.dataset_limit",
+    "MAX_SEQ_LENGTH": "train.max_length",
+    "LOGGING_STEPS": "train.logging_steps",
+}
+
+# What a name may be where it becomes part of a path, a Kubernetes name or a Hub id.
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
+
+
+class Model(_Section):
+    """The base model."""
+
+    model_name_or_path: str
+    """Hub id, local folder, local .gguf file, or `package:NAME` for weights that a Python package brings."""
+    model_revision: str | None = None
+    """Commit of a Hub model, or sha256 of a GGUF file. Hub models are pinned to it; a GGUF is checked against it."""
+    precision: Literal["auto", "float32", "bfloat16", "fp8", "nf4"] = "auto"
+    """Precision of the frozen base. `auto`: bfloat16 on a GPU, float32 on a CPU."""
+    accept_terms: bool = False
+    """Set where the weights come under terms of their own (Gemma) and you have accepted them."""
+
+
+class Columns(_Section):
+    """Which column of the data holds which field of the template."""
+
+    question: str = "question"
+    """Column of the question."""
+    context: str = "context"
+    """Column of the context: for text-to-SQL, the CREATE TABLE statements."""
+    answer: str = "answer"
+    """Column of the answer, which the model learns to write."""
+
+
+class Data(_Section):
+    """The rows, how they are split, and how a row becomes text."""
+
+    dataset_name: str
+    """Hub id, a .jsonl, .csv or .parquet file, a gs:// URI of one, or `builtin:text-to-sql`."""
+    dataset_config: str | None = None
+    """Configuration of a Hub dataset."""
+    dataset_revision: str | None = None
+    """Commit of a Hub dataset."""
+    dataset_train_split: str = "train"
+    """Split of a Hub dataset to read; held-out rows are cut from it by hash."""
+    dataset_limit: Annotated[int, Field(ge=1)] | None = None
+    """At most so many training rows (after the split)."""
+    columns: Columns = Columns()
+    """Which column holds which field."""
+    split_by: str | None = None
+    """Column whose values stay together in one split; without it, question and context are hashed."""
+    validation_fraction: Fraction = 0.02
+    """Share of the hash range kept for choosing settings."""
+    test_fraction: Fraction = 0.1
+    """Share of the hash range kept for the evaluation."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """`error`: any bad row refuses the data. `skip`: bad rows go to rejects.jsonl, up to max_bad_fraction."""
+    max_bad_fraction: Fraction = 0.01
+    """With `on_bad_row: skip`, the share of bad rows above which the data is refused all the same."""
+    template: str = "Question: {question}\nContext: {context}\nAnswer: {answer}"
+    """Text of one row. It ends with {answer}; the end-of-sequence token follows."""
+    stop: tuple[str, ...] = ("\nQuestion:", "\nContext:")
+    """Strings that end a completion where the model does not end it by itself."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.template.endswith("{answer}") or self.template.count("{answer}") != 1:
+            raise ValueError("template must end with {answer}, and hold it once")
+        if "{question}" not in self.template:
+            raise ValueError("template must hold {question}")
+        if self.validation_fraction + self.test_fraction >= 1.0:
+            raise ValueError("validation_fraction + test_fraction must stay below 1: no row would be left to train on")
+        if self.on_bad_row == "error" and "max_bad_fraction" in self.model_fields_set and self.max_bad_fraction != 0.01:
+            raise ValueError("max_bad_fraction has no effect with on_bad_row: error; set on_bad_row: skip or remove it")
+        return self
+
+
+class Lora(_Section):
+    """The adapter, by PEFT's names."""
+
+    r: Annotated[int, Field(ge=1, le=512)] = 8
+    """Rank."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 16
+    """Scale: the update is multiplied by lora_alpha / r."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear layers that get an adapter."""
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Indices of the layers that get an adapter; without it, all."""
+
+
+class Train(_Section):
+    """The optimisation, by TRL's names."""
+
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of everything: initial adapter, order of rows, dropout."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up; `constant` has a warm-up too."""
+    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    """Updates of linear warm-up; below 1, a share of all updates."""
+    num_train_epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the rows; 1 where neither this nor max_steps is set."""
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    """Updates; instead of num_train_epochs."""
+    per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Rows of a micro-batch without packing (8 if unset). With packing, tokens_per_batch says it."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    """Micro-batches of one update."""
+    packing: bool = False
+    """Fill each micro-batch with whole rows up to tokens_per_batch. Rows never see each other either way."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] = 4096
+    """Tokens that one forward pass holds. Without packing, a larger micro-batch is cut; the update stays the same."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Longest row, in tokens."""
+    on_long_row: Literal["error", "skip"] = "error"
+    """A longer row refuses the data, or is left out and told. It is never cut: a cut answer teaches not to end."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first moment decay."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """AdamW's second moment decay."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Norm to which gradients are clipped; null for none."""
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    """Updates between two lines on a terminal that is not one; metrics.jsonl has every update."""
+    eval_steps: Annotated[int, Field(ge=1)] | None = None
+    """Updates between two measurements of the validation loss; null for none."""
+    save_steps: Annotated[int, Field(ge=1)] = 50
+    """Updates between two checkpoints."""
+    save_total_limit: Annotated[int, Field(ge=2)] = 2
+    """Checkpoints kept. At least two, so that a damaged one has a valid one before it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        if value.get("max_steps") is None and value.get("num_train_epochs") is None:
+            value["num_train_epochs"] = 1.0
+        if not value.get("packing") and value.get("per_device_train_batch_size") is None:
+            value["per_device_train_batch_size"] = 8
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_steps is not None and self.num_train_epochs is not None:
+            raise ValueError("max_steps and num_train_epochs exclude each other; remove one")
+        if self.packing and self.per_device_train_batch_size is not None:
+            raise ValueError(
+                "per_device_train_batch_size has no effect with packing: true; set tokens_per_batch instead"
+            )
+        if self.max_length > self.tokens_per_batch:
+            raise ValueError(
+                f"max_length {self.max_length} is more than tokens_per_batch {self.tokens_per_batch}: "
+                "a row must fit into one forward pass"
+            )
+        return self
+
+
+class Gate(_Section):
+    """What the tuned model must reach before it is published."""
+
+    min_score: Fraction = 0.0
+    """Least value of the evaluation's metric."""
+    min_gain: Annotated[float, Field(ge=-1, le=1)] = 0.0
+    """Least gain over the base model, zero-shot or few-shot, whichever is better."""
+
+
+class Evaluate(_Section):
+    """How base and tuned are measured."""
+
+    metric: Literal["execution_accuracy", "exact_match"] = "execution_accuracy"
+    """The metric of the gate. execution_accuracy runs answers as SQL on SQLite; exact_match runs nothing."""
+    split: Literal["test", "validation"] = "test"
+    """Held-out rows to measure on. Choose settings on `validation`, report on `test`."""
+    max_rows: Annotated[int, Field(ge=1)] = 200
+    """At most so many rows, the first by hash."""
+    per_device_eval_batch_size: Annotated[int, Field(ge=1)] = 32
+    """Rows generated together."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
+    """Longest answer, in tokens."""
+    few_shot: Annotated[int, Field(ge=0, le=16)] = 3
+    """Examples put before the base model's second measurement; 0 leaves it out."""
+    by: tuple[str, ...] = ()
+    """Columns of the data by which the scores are broken down."""
+    gate: Gate = Gate()
+    """What the tuned model must reach."""
+
+
+class Publish(_Section):
+    """Where the adapter goes. Nothing is published where nothing is named."""
+
+    folder: str | None = None
+    """A folder or a gs:// URI."""
+    hub_model_id: str | None = None
+    """Hub repository, `user/name`."""
+    hub_private_repo: bool = True
+    """Whether a new repository is private."""
+    merged: bool = False
+    """Send the merged model instead of the adapter: gigabytes instead of megabytes."""
+
+
+class Serve(_Section):
+    """How `tuneship serve` answers."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port; 0 takes a free one."""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """Longest answer of a request that does not say max_tokens."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 16
+    """Requests generated together."""
+
+
+class Cluster(_Section):
+    """What the training pod asks for on GKE."""
+
+    image: str | None = None
+    """Image of the pods, by digest or exact tag; `tuneship image` builds one."""
+    gpu: Annotated[int, Field(ge=0)] = 1
+    """GPUs of the training pod."""
+    accelerator: str = "nvidia-tesla-a100"
+    """Value of the node label cloud.google.com/gke-accelerator."""
+    cpu: Annotated[float, Field(gt=0)] = 4
+    """CPU cores of the training pod."""
+    memory_mb: Annotated[int, Field(ge=256)] = 32768
+    """Memory of the training pod, in MB."""
+    disk_mb: Annotated[int, Field(ge=256)] = 65536
+    """Ephemeral disk of the training pod, in MB."""
+    secrets: tuple[str, ...] = ()
+    """Kubernetes secrets whose keys become environment variables of the pods."""
+
+
+class Recipe(_Section):
+    """Everything about a run."""
+
+    name: Name
+    """Name of the run, the adapter and the served model; the file's name where it is not set."""
+    model: Model
+    """The base model."""
+    data: Data
+    """The rows."""
+    lora: Lora = Lora()
+    """The adapter."""
+    train: Train = Train()
+    """The optimisation."""
+    evaluate: Evaluate = Evaluate()
+    """The measurement and the gate."""
+    publish: Publish = Publish()
+    """Where the adapter goes."""
+    serve: Serve = Serve()
+    """How it answers."""
+    cluster: Cluster = Cluster()
+    """What the pods ask for on GKE."""
+
+
+def share() -> Path:
+    """The folder that holds recipes/: inside an installed package, or the root of a checkout."""
+    packaged = Path(__file__).parent / "_share"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted((share() / "recipes").glob("*.yaml"))}
+
+
+def find(recipe: str | os.PathLike[str]) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        InputError: there is neither.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    known = shipped()
+    if str(recipe) in known:
+        return known[str(recipe)]
+    near = difflib.get_close_matches(str(recipe), known, n=1)
+    raise InputError(
+        "no such recipe" + (f"; did you mean {near[0]}?" if near else ""),
+        where=str(recipe),
+        fix=f"name a file, or one of: {', '.join(known)}",
+    )
+
+
+def load(
+    recipe: str | os.PathLike[str],
+    *,
+    overrides: Sequence[str] = (),
+    environ: Mapping[str, str] | None = None,
+) -> Recipe:
+    """Reads a recipe file (or a shipped recipe's name) and resolves it.
+
+    Args:
+        recipe: a path, or the name of a shipped recipe.
+        overrides: `section.key=value`, the value in YAML.
+        environ: where the tutorial's names are looked up; nowhere by default.
+
+    Raises:
+        InputError: with the file, the line, the key and the nearest key.
+    """
+    path = find(recipe)
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise InputError(f"a recipe is at most {MAX_RECIPE_BYTES} bytes", where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error.reason} at byte {error.start}", where=str(path)) from error
+    tree, lines = _parse(text, str(path))
+    tree.setdefault("name", re.sub(r"[^a-z0-9.-]+", "-", path.stem.lower()).strip("-.") or "run")
+    origins: dict[str, str] = {key: f"{path}:{line}" for key, line in lines.items()}
+    for name, key in ENVIRONMENT.items():
+        if environ is not None and name in environ:
+            _put(tree, key, _scalar(environ[name], key), name)
+            origins[key] = f"environment variable {name}"
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise InputError("an override is section.key=value", where=f"--set {override}")
+        _put(tree, key, _scalar(value, f"--set {key}"), f"--set {override}")
+        origins[key] = f"--set {override}"
+    return validate(tree, where=str(path), origins=origins)
+
+
+def validate(tree: Mapping[str, Any], *, where: str, origins: Mapping[str, str] | None = None) -> Recipe:
+    """A tree of plain values as a Recipe.
+
+    Args:
+        where: what the tree was read from, for messages.
+        origins: for a dotted key, the file and line (or option) that set it.
+
+    Raises:
+        InputError: for the first wrong key; further ones are counted.
+    """
+    refuse_secrets(tree, "")
+    try:
+        # Through JSON, so that lists may fill tuples although the models are strict.
+        return Recipe.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise _readable(error, where, origins or {}) from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a value that is not plain: {error}", where=where) from None
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load` gives the same recipe back."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that keeps a text of several lines readable on one, with \\n in it."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader without aliases, without duplicate keys, and with 2e-4 as a number."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed in a recipe", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The tree of a YAML text, and the line of each dotted key."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        tree = loader.construct_document(node) if node is not None else None
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise InputError(f"not a YAML recipe: {problem}", where=f"{where}:{mark.line + 1}" if mark else where) from None
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+    if not isinstance(tree, dict):
+        raise InputError(
+            "a recipe is a mapping with the sections model and data", where=where, fix="tuneship init lists examples"
+        )
+    return tree, dict(_lines(node, ""))
+
+
+def _lines(node: yaml.Node, prefix: str) -> list[tuple[str, int]]:
+    found: list[tuple[str, int]] = []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            path = f"{prefix}.{key.value}" if prefix else str(key.value)
+            found.append((path, key.start_mark.line + 1))
+            found += _lines(value, path)
+    return found
+
+
+def _scalar(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"not a YAML value: {getattr(error, 'problem', error)}", where=where) from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        inner = tree.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise InputError(f"{section} is not a section", where=origin)
+        tree = inner
+    tree[leaf] = value
+
+
+def _readable(error: ValidationError, where: str, origins: Mapping[str, str]) -> InputError:
+    """The first of pydantic's errors in our form."""
+    first, count = error.errors()[0], error.error_count()
+    # A union adds the branch's name to the path; the key is what the user wrote.
+    path = [str(part) for part in first["loc"] if str(part).isidentifier() or isinstance(part, int)]
+    key = ".".join(path)
+    while path and ".".join(path) not in origins:
+        path.pop()
+    origin = origins.get(".".join(path), where)
+    more = f" ({count - 1} more)" if count > 1 else ""
+    if first["type"] == "extra_forbidden":
+        siblings = _fields_at([str(part) for part in first["loc"][:-1]])
+        near = difflib.get_close_matches(str(first["loc"][-1]), siblings, n=1, cutoff=0.5)
+        return InputError(
+            f"unknown key {key}" + (f": did you mean {near[0]}?" if near else "") + more,
+            where=origin,
+            fix="the keys here are: " + ", ".join(siblings),
+        )
+    if first["type"] == "missing":
+        return InputError(f"{key} is missing{more}", where=where, fix="tuneship init lists complete recipes")
+    message = first["msg"].removeprefix("Value error, ")
+    value = f", got {first['input']!r:.80}" if not isinstance(first["input"], dict) else ""
+    return InputError(f"{key}: {message[0].lower()}{message[1:]}{value}{more}", where=origin)
+
+
+def _fields_at(path: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        section = annotation
+    return list(section.model_fields)
