@@ -1,0 +1,1 @@
+"""Schemas, wordings and the generator of the built-in text-to-SQL rows."""

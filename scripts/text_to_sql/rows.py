@@ -1,0 +1,143 @@
+"""The rows: how many of each shape a domain gets, and each drawn until it is a new one.
+
+A domain's rows depend on its own schema, the wordings and its id only, so that another domain
+may come or go without touching them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from text_to_sql import groups, joins, ranking, shapes
+from text_to_sql.asking import Asking, Draft
+from text_to_sql.phrases import NoWay
+from text_to_sql.schema import Domain, load_domains
+
+SEED = 11
+ROWS_PER_DOMAIN = 28
+RARE_SHARE = 0.43
+DISTRACTOR_SHARE = 0.22
+_TRIES = 400
+# A row stays below 256 tokens of a small model's tokenizer.
+MAX_CHARACTERS = 780
+
+# Shape → how to draw it, and its weight. Joins of three tables fall on domains that have a way
+# through three tables, so their weight is higher than their share.
+SHAPES: dict[str, tuple[Callable[[Asking], Draft], float]] = {
+    "columns": (shapes.columns, 1.6),
+    "filter": (shapes.filter_one, 8.5),
+    "filter_and": (shapes.filter_and, 6.5),
+    "filter_or": (shapes.filter_or, 4.2),
+    "between": (shapes.between, 4.4),
+    "like": (shapes.like, 4.4),
+    "in": (shapes.in_list, 3.8),
+    "null": (shapes.null, 3.6),
+    "not": (shapes.negation, 4.4),
+    "all_columns": (shapes.all_columns, 2.6),
+    "count": (shapes.count, 6.5),
+    "aggregate": (shapes.aggregate, 7.5),
+    "group": (groups.group, 8.8),
+    "having": (groups.having, 6.2),
+    "distinct": (groups.distinct, 4),
+    "order": (ranking.order, 5),
+    "limit": (ranking.limit, 7),
+    "subquery": (shapes.subquery, 6.5),
+    "join2": (joins.join2, 11.8),
+    "join3": (joins.join3, 7.6),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the data set."""
+
+    question: str
+    context: str
+    answer: str
+    domain: str
+    shape: str
+    wording: str
+
+
+def split_of(domain: str) -> str:
+    """The split that a domain falls in: by its id alone."""
+    digest = hashlib.blake2b(domain.encode(), digest_size=8).digest()
+    place = int.from_bytes(digest, "big") / 2**64
+    return "test" if place < 0.15 else "validation" if place < 0.25 else "train"
+
+
+def make_rows() -> list[Row]:
+    """All rows, in the order of the file."""
+    rows = [row for domain in load_domains() for row in _domain_rows(domain)]
+    place = {shape: at for at, shape in enumerate(SHAPES)}
+    return sorted(rows, key=lambda r: (r.domain, place[r.shape], r.question, r.context))
+
+
+def _domain_rows(domain: Domain) -> list[Row]:
+    rng = random.Random(f"{domain.id} {SEED}")
+    rows: list[Row] = []
+    asked: set[tuple[str, str]] = set()
+    answered: set[str] = set()
+    for shape, count in _quota(domain, rng).items():
+        for _ in range(count):
+            rare = split_of(domain.id) == "test" and rng.random() < RARE_SHARE
+            row = _draw(domain, shape, rng, rare=rare, asked=asked, answered=answered)
+            if row is not None:
+                rows.append(row)
+    return rows
+
+
+def _quota(domain: Domain, rng: random.Random) -> dict[str, int]:
+    """How many rows of each shape: their weights, rounded so that many domains average out."""
+    weights = {s: w for s, (_, w) in SHAPES.items() if s != "join3" or joins.paths(domain)}
+    total = sum(weights.values())
+    # Systematic sampling: each shape gets its share, rounded up or down by where the comb falls.
+    names = list(weights)
+    rng.shuffle(names)
+    at, quota, offset = 0.0, dict.fromkeys(weights, 0), rng.random()
+    for name in names:
+        end = at + weights[name] / total * ROWS_PER_DOMAIN
+        quota[name] = int(end - offset + 1) - int(at - offset + 1)
+        at = end
+    return quota
+
+
+def _draw(
+    domain: Domain,
+    shape: str,
+    rng: random.Random,
+    *,
+    rare: bool,
+    asked: set[tuple[str, str]],
+    answered: set[str],
+) -> Row | None:
+    """A new row of a shape; none where the schema has no room for another."""
+    draw, _ = SHAPES[shape]
+    for _ in range(_TRIES):
+        try:
+            draft = draw(Asking(rng, domain, rare=rare))
+        except NoWay:
+            continue
+        context = _context(domain, draft, rng)
+        if draft.answer in answered or (draft.question, context) in asked:
+            continue
+        if len(draft.question) + len(context) + len(draft.answer) > MAX_CHARACTERS:
+            continue
+        asked.add((draft.question, context))
+        answered.add(draft.answer)
+        wording = "rare" if rare else "common"
+        return Row(draft.question, context, draft.answer, domain.id, shape, wording)
+    return None
+
+
+def _context(domain: Domain, draft: Draft, rng: random.Random) -> str:
+    """The tables of a question, sometimes with one that it does not need."""
+    tables = [domain.by_name[name] for name in draft.tables]
+    others = [t for t in domain.tables if t not in tables]
+    if others and rng.random() < DISTRACTOR_SHARE:
+        tables.append(rng.choice(others))
+    rng.shuffle(tables)
+    return "; ".join(t.ddl for t in tables)
