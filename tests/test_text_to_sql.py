@@ -64,7 +64,7 @@ def test_each_row_has_the_six_columns_and_fits() -> None:
         assert list(row) == names
         assert all(isinstance(v, str) and v and v == v.strip() for v in row.values())
         assert row["shape"] in SHAPES and row["wording"] in ("common", "rare")
-        assert len(row["question"]) + len(row["context"]) + len(row["answer"]) < 800
+        assert len(row["question"]) + len(row["context"]) + len(row["answer"]) <= 700
 
 
 def test_there_are_enough_rows_and_domains() -> None:
@@ -157,8 +157,9 @@ def test_answers_return_something() -> None:
         assert telling == len(SEEDS), row
 
 
-def test_the_data_card_states_licence_and_counts() -> None:
+def test_the_data_card_states_licence_counts_and_a_real_row() -> None:
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert "Apache-2.0" in card
+    assert json.loads(card.split("```json")[1].split("```")[0]) in ROWS
     for shape, count in Counter(row["shape"] for row in ROWS).items():
         assert re.search(rf"\| `{shape}` \|.*\| {count} \|", card), (shape, count)

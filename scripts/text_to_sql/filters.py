@@ -27,6 +27,11 @@ def text_literal(value: str) -> str:
     return f"'{value}'"
 
 
+def shown(column: Column, value: str) -> str:
+    """A text as a question shows it: in quotes where it is a phrase of its own."""
+    return f'"{value}"' if column.quoted else value
+
+
 def number_text(value: float) -> str:
     """A number as people and SQL both write it."""
     return f"{value:.4f}".rstrip("0").rstrip(".")
@@ -87,10 +92,11 @@ class Filters:
         """A category is ..."""
         column = self.column(table, "text", without=without)
         value = self.rng.choice(column.values)
+        said = shown(column, value)
         if column.custom and self.rng.random() < 0.85:
-            phrase = self.speaker.own(column.custom, value, f"{column.phrase} {value}")
+            phrase = self.speaker.own(column.custom, said, f"{column.phrase} {said}")
         else:
-            phrase = self.speaker.say("text_eq", table, column, "{p} {v}", v=value)
+            phrase = self.speaker.say("text_eq", table, column, "{p} {v}", v=said)
         return Condition(column.name, f"= {text_literal(value)}", phrase)
 
     def named(self, table: Table) -> Condition:
@@ -112,7 +118,9 @@ class Filters:
                 negated(column.custom), value, f"{column.phrase} other than {value}"
             )
         else:
-            phrase = self.speaker.say("text_ne", table, column, "{p} other than {v}", v=value)
+            phrase = self.speaker.say(
+                "text_ne", table, column, "{p} other than {v}", v=shown(column, value)
+            )
         return Condition(column.name, f"!= {text_literal(value)}", phrase)
 
     def among(self, table: Table, *, negative: bool = False) -> Condition:
@@ -121,7 +129,8 @@ class Filters:
         if len(column.values) < 4:
             raise NoWay
         values = self.rng.sample(column.values, self.rng.choice((2, 2, 3)))
-        either, both = listed(values, "or"), listed(values)
+        texts = [shown(column, value) for value in values]
+        either, both = listed(texts, "or"), listed(texts)
         pair = len(values) == 2
         if column.custom and not negative and self.rng.random() < 0.6:
             phrase = self.speaker.own(column.custom, either, f"{column.phrase} {either}")
@@ -130,7 +139,7 @@ class Filters:
             kw = "{p} not {list}" if negative else "{p} {list}"
             said = {"list": either, "list_and": both}
             said["choice"] = f"either {either}" if pair else f"one of {both}"
-            said["denial"] = f"neither {' nor '.join(values)}" if pair else f"none of {both}"
+            said["denial"] = f"neither {' nor '.join(texts)}" if pair else f"none of {both}"
             phrase = self.speaker.say(kind, table, column, kw, **said)
         test = f"IN ({', '.join(map(text_literal, values))})"
         return Condition(column.name, f"NOT {test}" if negative else test, phrase)
@@ -186,15 +195,15 @@ class Filters:
         operator = self.rng.choices(("gt", "lt", "ge", "le", "eq"), weights)[0]
         sign, kw, kw_time = _OPERATORS[operator]
         if column.kind == "date":
-            value = shown = draw_day(self.rng, column)
-            value = text_literal(value)
+            words = draw_day(self.rng, column)
+            value = text_literal(words)
         else:
             number = draw_number(self.rng, column)
-            value, shown = number_text(number), with_unit(column, number)
+            value, words = number_text(number), with_unit(column, number)
             if column.kind == "count" and number < 2:
                 raise NoWay
         kw = kw_time if column.kind in TIMES else kw
-        phrase = self.speaker.say(f"{kind}_{operator}", table, column, kw, v=shown)
+        phrase = self.speaker.say(f"{kind}_{operator}", table, column, kw, v=words)
         return Condition(column.name, f"{sign} {value}", phrase)
 
     def between(self, table: Table, *, negative: bool = False) -> Condition:
@@ -202,20 +211,20 @@ class Filters:
         column = self.column(table, *NUMBERS, *TIMES, whole=negative)
         if column.kind == "date":
             low, high = sorted((draw_day(self.rng, column), draw_day(self.rng, column)))
-            shown = {"lo": low, "hi": high}
+            said = {"lo": low, "hi": high}
             low, high = text_literal(low), text_literal(high)
         else:
             first = draw_number(self.rng, column, 0.05, 0.5)
             last = draw_number(self.rng, column, 0.5, 0.95)
             low, high = number_text(first), number_text(last)
-            shown = {"lo": low, "hi": with_unit(column, last)}
+            said = {"lo": low, "hi": with_unit(column, last)}
             if last - first < (column.high - column.low) * 0.1:
                 raise NoWay
         if low == high:
             raise NoWay
         kind = f"{self._kind(column)}_{'outside' if negative else 'between'}"
         kw = "{p} outside {lo} to {hi}" if negative else "{p} {lo} to {hi}"
-        phrase = self.speaker.say(kind, table, column, kw, **shown)
+        phrase = self.speaker.say(kind, table, column, kw, **said)
         test = f"BETWEEN {low} AND {high}"
         return Condition(column.name, f"NOT {test}" if negative else test, phrase)
 
@@ -257,8 +266,8 @@ class Filters:
         above = self.rng.random() < 0.6
         kind = "above_named" if above else "below_named"
         kind += "_count" if column.kind == "count" else ""
-        shown = agree(named.phrase.mod, table, many=False)
-        phrase = self.speaker.say(kind, table, column, named=shown)
+        words = agree(named.phrase.mod, table, many=False)
+        phrase = self.speaker.say(kind, table, column, named=words)
         inner = f"SELECT {column.name} FROM {table.name} WHERE {named.sql()}"
         return Condition(column.name, f"{'>' if above else '<'} ({inner})", phrase)
 
@@ -304,12 +313,10 @@ class Filters:
         named = label is not None and label.name == inner.column and inner.test.startswith("= ")
         article = f"the {role}" if named else a(role)
         roles = plural(role) if link.role else parent.many
-        first, _, rest = link.by.partition(" ")
+        first = link.by.split(" ")[0]
         one, many = f"{article} {one_mod}", f"{article if named else roles} {many_mod}"
         relation = f"{link.by} [{many}|{one}]"
-        shown = self._relation(first, rest, relation)
-        if shown:
-            mods.append(shown)
+        mods.append(self._relation(first, relation))
         vp = agree(phrase.vp, parent, many=False) if phrase.vp else ""
         if vp:
             mods.append((f"whose {role} {vp}", ""))
@@ -319,7 +326,7 @@ class Filters:
         return Condition(inner.column, inner.test, Phrase(mod, predicate, kw, style))
 
     @staticmethod
-    def _relation(first: str, rest: str, relation: str) -> tuple[str, str]:
+    def _relation(first: str, relation: str) -> tuple[str, str]:
         if first == "were":
             return relation.removeprefix("were "), f"[were|was] {relation.removeprefix('were ')}"
         if first == "that":

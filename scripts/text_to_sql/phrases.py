@@ -153,7 +153,9 @@ def combined(rng: random.Random, parts: Sequence[Phrase], word: str) -> Phrase:
         mods.append(listed([p.mod for p in parts], word))
     if set(styles) == {"with"}:
         mods.append("with " + listed([p.mod.removeprefix("with ") for p in parts], word))
-    if word == "and" and styles[0] == "bare" and styles[1:] in (["with"], ["whose"]):
+    # Not "of a ship whose age is 5 whose terminal is in Malta".
+    short = styles[0] == "bare" and not re.search(r"\b(whose|who|that|with)\b", parts[0].mod)
+    if word == "and" and short and styles[1:] in (["with"], ["whose"]):
         mods.append(f"{parts[0].mod} {parts[1].mod}")
     if not mods or (word == "or" and any(" or " in p.mod for p in parts)):
         raise NoWay

@@ -22,7 +22,7 @@ RARE_SHARE = 0.43
 DISTRACTOR_SHARE = 0.22
 _TRIES = 400
 # A row stays below 256 tokens of a small model's tokenizer.
-MAX_CHARACTERS = 780
+MAX_CHARACTERS = 700
 
 # Shape → how to draw it, and its weight. Joins of three tables fall on domains that have a way
 # through three tables, so their weight is higher than their share.

@@ -17,7 +17,8 @@ A domain is a few tables of one subject. A column is one line, `KIND VALUES; OPT
 
 Kinds: id, name (says which row it is), text (a category), int, real, count, year, date, to.
 Options: as PHRASE, also PHRASE (a synonym), plural PHRASE, is TEMPLATE, adj ADJECTIVE, unit UNIT,
-done PARTICIPLE, null, sum (adding it up makes sense), by RELATION, role NOUN.
+done PARTICIPLE, null, sum (adding it up makes sense), quote (its values are
+phrases), by RELATION, role NOUN.
 A table's own: `_one: NOUN` (its singular), `_many: NOUNS`, `_who: true` (its rows are people).
 """
 
@@ -39,7 +40,20 @@ NUMBERS = ("int", "real", "count")
 TIMES = ("year", "date")
 _TYPES = {"name": "VARCHAR", "text": "VARCHAR", "real": "REAL", "date": "DATE"}
 _UNIT_SUFFIX = re.compile(r"_(kg|km|m|cm|mm|g|ml|l|kw|kwh|mb|gb|hz|min|mins|kmh|m2|km2|m3|ha)$")
-_OPTIONS = ("as", "also", "plural", "is", "adj", "unit", "done", "null", "sum", "by", "role")
+_OPTIONS = (
+    "as",
+    "also",
+    "plural",
+    "is",
+    "adj",
+    "unit",
+    "done",
+    "null",
+    "sum",
+    "by",
+    "role",
+    "quote",
+)
 
 
 class SchemaError(ValueError):
@@ -56,6 +70,7 @@ class Column:
     phrases: str
     values: tuple[str, ...] = ()
     people: bool = False
+    quoted: bool = False
     low: float = 0
     high: float = 0
     step: float = 0
@@ -217,6 +232,7 @@ def _column(
         phrase=phrase,
         phrases=phrases,
         values=values,
+        quoted="quote" in options,
         people=kind == "text" and given == "@person",
         low=numbers[0],
         high=numbers[1],
