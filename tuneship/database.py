@@ -282,10 +282,12 @@ def _insert(db: sqlite3.Connection, answer: str, rng: random.Random) -> None:
     hints, keys = _read_hints(answer, schema)
     for table, columns in schema.items():
         values = []
+        # The first key column of a table is its own: each row has another value. Further ones refer to others.
+        own = next((column for column, _ in columns if _is_key(column)), None)
         for column, kind in columns:
             hint = hints.get((table.lower(), column.lower()), _Hints([]))
             key = (table.lower(), column.lower()) in keys or _is_key(column)
-            values.append(_column(column.lower(), kind, hint, key, _owns(table, column), rng))
+            values.append(_column(column.lower(), kind, hint, key, column == own, rng))
         marks = ", ".join("?" * len(columns))
         # OR IGNORE: a UNIQUE or CHECK constraint of the context may refuse a row.
         db.executemany(f"INSERT OR IGNORE INTO {_quoted(table)} VALUES ({marks})", zip(*values, strict=True))
@@ -337,12 +339,6 @@ def _read_hints(
 
 def _is_key(column: str) -> bool:
     return column.lower() in ("id", "code", "number") or column.lower().endswith(("_id", "_code"))
-
-
-def _owns(table: str, column: str) -> bool:
-    """Whether a key column is the table's own (each row another value), by its name."""
-    stem = re.sub(r"_?(id|code|number)$", "", column.lower())
-    return not stem or table.lower().startswith(stem[:4])
 
 
 def _column(
@@ -436,7 +432,8 @@ def _fresh(
         if "INT" in kind:
             span = range(int(low), max(int(high), int(low) + 2 * _ROWS))
             return list(rng.sample(span, _ROWS))
-        return [round(value, 2) for value in (rng.uniform(low, high) for _ in range(_ROWS))]
+        # Cents, so that no two are the same.
+        return [cents / 100 for cents in rng.sample(range(int(low * 100), int(high * 100) + 2 * _ROWS), _ROWS)]
     days = [value for value in special if isinstance(value, str) and re.fullmatch(r"\d{4}-\d{2}-\d{2}", value)]
     if "DATE" in kind or "date" in name or days:
         middle = date.fromisoformat(str(days[0])) if days else date(2020, 1, 1)

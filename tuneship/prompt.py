@@ -82,6 +82,16 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, start: bool) -> list[l
     return ids
 
 
+def encode_rows(
+    tokenizer: Tokenizer, contract: Prompt, rows: Sequence[Mapping[str, str]]
+) -> list[tuple[list[int], list[int]]]:
+    """Of each row the ids of its prompt, and those of its answer with the end of sequence."""
+    assert tokenizer.eos_token_id is not None
+    prompts = encode(tokenizer, [contract.render(row) for row in rows], start=True)
+    answers = encode(tokenizer, [contract.completion(row["answer"]) for row in rows], start=False)
+    return [(before, [*after, tokenizer.eos_token_id]) for before, after in zip(prompts, answers, strict=True)]
+
+
 def start_ids(tokenizer: Tokenizer) -> list[int]:
     """The token ids that the tokenizer puts before a text; never the end of sequence."""
     ids: list[int] = tokenizer([""], add_special_tokens=True)["input_ids"][0]

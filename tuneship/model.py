@@ -1,0 +1,270 @@
+"""The model on a device: frozen base, adapter on top.
+
+    model = load(resolve(recipe.model), recipe.model.precision)
+    add_lora(model, recipe.lora, seed=recipe.train.seed)
+    states = model.states(ids, positions, Documents([0, 92, 180]))
+
+Supported are the decoders whose head is one plain matrix and whose attention goes through
+transformers' attention interface; `ARCHITECTURES` names those whose arithmetic is tested against
+transformers' own.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from tuneship.base import BaseFiles
+from tuneship.errors import InputError
+from tuneship.kernels import attention
+from tuneship.kernels.attention import Layout
+from tuneship.recipe import Lora
+
+ARCHITECTURES = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model, its tokenizer, and where they came from."""
+
+    causal: PreTrainedModel
+    tokenizer: Any
+    files: BaseFiles
+    device: torch.device
+    peft: PeftModel | None = None
+
+    @property
+    def head(self) -> Tensor:
+        """(vocabulary, width)"""
+        weight: Tensor = self.causal.lm_head.weight  # type: ignore[union-attr,assignment]
+        return weight
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap on the head's logits (Gemma 2: 30)."""
+        return getattr(self.causal.config, "final_logit_softcapping", None)
+
+    @property
+    def context_length(self) -> int:
+        """Longest text that the model was made for, in tokens."""
+        return int(self.causal.config.max_position_embeddings)
+
+    def states(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """The last hidden states of packed tokens.
+
+        Args:
+            ids, positions: (tokens,), int64.
+
+        Returns:
+            (tokens, width)
+        """
+        out = self.causal.model(  # type: ignore[operator]
+            input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout
+        )
+        states: Tensor = out.last_hidden_state[0]
+        return states
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(tokens, vocabulary), float32, of (tokens, width)."""
+        logits = (states @ self.head.t()).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def adapter_tensors(self) -> dict[str, Tensor]:
+        """The adapter's weights by PEFT's names, on the CPU."""
+        assert self.peft is not None
+        return {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(self.peft).items()}
+
+
+def pick_device() -> torch.device:
+    """The GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_architecture(files: BaseFiles) -> None:
+    """Refuses a base that this package's arithmetic is not right for, before its weights are read.
+
+    Raises:
+        InputError: naming the architectures that are.
+    """
+    config = files.config
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise InputError(
+            f"the architecture {kind} is not supported",
+            where=str(files.folder / "config.json"),
+            fix=f"take one of: {', '.join(ARCHITECTURES)}",
+        )
+
+
+def load_tokenizer(files: BaseFiles) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        InputError: it has no end-of-sequence token, so that no answer could end.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no end-of-sequence token", where=str(files.folder))
+    return tokenizer
+
+
+def load(files: BaseFiles, precision: str = "auto", device: torch.device | None = None) -> LoadedModel:
+    """Loads a base, frozen.
+
+    Raises:
+        InputError: the architecture is not supported, or this device lacks the precision.
+    """
+    check_architecture(files)
+    device = device or pick_device()
+    dtype = _dtype(precision, device)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    causal = AutoModelForCausalLM.from_pretrained(
+        files.folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True
+    )
+    causal.requires_grad_(False)
+    causal.eval().to(device)
+    return LoadedModel(causal, load_tokenizer(files), files, device)
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    if precision in ("fp8", "nf4"):
+        raise InputError(
+            f"precision {precision} needs a CUDA GPU" if device.type == "cpu" else f"no {precision} here",
+            where="model.precision",
+            fix="set model.precision: auto",
+        )
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def check_lora(files: BaseFiles, lora: Lora) -> None:
+    """Refuses targets that the base does not have, before its weights are read.
+
+    Raises:
+        InputError: naming the linear layers, or the number of layers, that there are.
+    """
+    config = files.config
+    layers = int(config["num_hidden_layers"])
+    if lora.layers_to_transform is not None and (beyond := [n for n in lora.layers_to_transform if n >= layers]):
+        raise InputError(
+            f"the base has layers 0 to {layers - 1}, not {beyond[0]}", where="lora.layers_to_transform", fix="leave it out"
+        )
+    linears = _linears(files)
+    if lora.target_modules != "all-linear" and (unknown := [n for n in lora.target_modules if n not in linears]):
+        raise InputError(
+            f"the base has no linear layer {unknown[0]}",
+            where="lora.target_modules",
+            fix=f"take some of: {', '.join(linears)}, or all-linear",
+        )
+    chosen = linears if lora.target_modules == "all-linear" else {n: linears[n] for n in lora.target_modules}
+    for name, (outputs, inputs) in chosen.items():
+        if lora.r > min(outputs, inputs):
+            raise InputError(
+                f"rank {lora.r} is more than {name} has ({outputs} × {inputs})",
+                where="lora.r",
+                fix=f"at most {min(outputs, inputs)}",
+            )
+
+
+def _linears(files: BaseFiles) -> dict[str, tuple[int, int]]:
+    """The decoder's linear layers: name → (outputs, inputs), from the configuration alone."""
+    from transformers import AutoConfig
+
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.folder))
+    return {
+        name.rpartition(".")[2]: (module.out_features, module.in_features)
+        for name, module in causal.model.layers[0].named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def add_lora(model: LoadedModel, lora: Lora, *, seed: int) -> None:
+    """Puts a fresh adapter on the base; its initial weights depend on the seed alone."""
+    # By name: PEFT takes "all-linear" only without layers_to_transform, and a reader sees what was meant.
+    targets = list(_linears(model.files) if lora.target_modules == "all-linear" else lora.target_modules)
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # a float works and is written as one
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.files.name,
+        revision=None if model.files.revision == "local" else model.files.revision,
+    )
+    torch.manual_seed(seed)
+    model.peft = get_peft_model(model.causal, config)  # type: ignore[assignment]
+    assert model.peft is not None
+    # get_peft_model writes the base's local folder here; the adapter names the base as the recipe does.
+    model.peft.peft_config["default"].base_model_name_or_path = model.files.name
+
+
+def trainable(model: LoadedModel) -> dict[str, nn.Parameter]:
+    """The adapter's parameters by name, in a fixed order."""
+    return {name: p for name, p in sorted(model.causal.named_parameters()) if p.requires_grad}
+
+
+def load_adapter(model: LoadedModel, folder: Path) -> None:
+    """Puts a saved adapter on the base, for evaluation and serving.
+
+    Raises:
+        InputError: the folder holds no adapter, or one of another base.
+    """
+    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
+        raise InputError("no adapter here", where=str(folder), fix="run tuneship train first")
+    with warnings.catch_warnings():
+        # PEFT looks for the base on the Hub to see whether its vocabulary grew; ours never does.
+        warnings.simplefilter("ignore")
+        config = LoraConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        model.peft = get_peft_model(model.causal, config)  # type: ignore[assignment,arg-type]
+        set_adapter_tensors(model, load_file(folder / WEIGHTS))
+    model.causal.eval()
+
+
+def set_adapter_tensors(model: LoadedModel, tensors: dict[str, Tensor]) -> None:
+    """Fills the adapter.
+
+    Raises:
+        InputError: the tensors are not those of this base and adapter.
+    """
+    assert model.peft is not None
+    expected = {name: t.shape for name, t in get_peft_model_state_dict(model.peft).items()}
+    given = {name: t.shape for name, t in tensors.items()}
+    if expected != given:
+        wrong = sorted(set(expected.items()) ^ set(given.items()))[0]
+        raise InputError(
+            f"the adapter is one of another base or shape: {wrong[0]} {tuple(wrong[1])}", where=model.files.name
+        )
+    set_peft_model_state_dict(model.peft, tensors)
+
+
+def write_adapter(model: LoadedModel, folder: Path) -> None:
+    """Writes what PEFT writes: weights, configuration, and the base's tokenizer beside them."""
+    assert model.peft is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(model.adapter_tensors(), folder / WEIGHTS, metadata={"format": "pt"})
+    config = model.peft.peft_config["default"]
+    training, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = training
+    for file in model.files.folder.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
+            shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,180 @@
+"""Files in a folder or under a gs:// URI, by the same few functions.
+
+Google Cloud Storage is reached with the ambient credentials (Workload Identity in a pod, `gcloud
+auth application-default login` on a laptop), or through the emulator that STORAGE_EMULATOR_HOST
+names.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from tuneship.errors import InputError, OutsideError
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a name is a gs:// URI."""
+    return uri.startswith("gs://")
+
+
+@contextmanager
+def open_read(uri: str) -> Iterator[IO[bytes]]:
+    """A file's bytes, streamed; seekable.
+
+    Raises:
+        InputError: there is no such file.
+        OutsideError: the storage refuses.
+    """
+    if not is_remote(uri):
+        try:
+            stream: IO[bytes] = Path(uri).open("rb")
+        except (FileNotFoundError, IsADirectoryError):
+            raise InputError("no such file", where=uri) from None
+        except OSError as error:
+            raise OutsideError(f"the file cannot be read: {error.strerror}", where=uri) from error
+        with stream:
+            yield stream
+        return
+    with _errors(uri), _blob(uri).open("rb", chunk_size=8 * 2**20) as remote:
+        yield remote
+
+
+def upload(folder: Path, uri: str, *, last: str = "") -> int:
+    """Copies the files of a folder below a URI (or into another folder); returns the bytes.
+
+    Files that are there already, with the same content, are not sent again.
+
+    Args:
+        last: name of the file that is sent after all others, as the mark that the copy is whole.
+    """
+    files = sorted(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, str(path))
+    )
+    sent = 0
+    for file in files:
+        name = file.relative_to(folder).as_posix()
+        if is_remote(uri):
+            with _errors(uri):
+                sent += _send(file, f"{uri.rstrip('/')}/{name}")
+        else:
+            target = Path(uri) / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if not (target.exists() and target.read_bytes() == file.read_bytes()):
+                partial = target.with_name(f".{target.name}.partial")
+                shutil.copyfile(file, partial)
+                partial.replace(target)
+                sent += file.stat().st_size
+    return sent
+
+
+def download(uri: str, folder: Path) -> list[str]:
+    """Copies every file below a URI (or of another folder) into a folder; returns their names."""
+    names = listing(uri)
+    for name in names:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if is_remote(uri):
+            with _errors(uri):
+                _blob(f"{uri.rstrip('/')}/{name}").download_to_filename(str(target))
+        else:
+            shutil.copyfile(Path(uri) / name, target)
+    return names
+
+
+def listing(uri: str) -> list[str]:
+    """The names of all files below a URI or in a folder, relative to it.
+
+    Raises:
+        OutsideError: a name would leave the folder.
+    """
+    if not is_remote(uri):
+        root = Path(uri)
+        return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    bucket, prefix = _parts(uri.rstrip("/") + "/")
+    with _errors(uri):
+        names = sorted(blob.name.removeprefix(prefix) for blob in _client().list_blobs(bucket, prefix=prefix))
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise OutsideError("an object's name would leave the folder", where=f"{uri}/{name}")
+    return [name for name in names if name and not name.endswith("/")]
+
+
+def delete(uri: str) -> None:
+    """Removes every file below a gs:// URI, or a folder."""
+    if not is_remote(uri):
+        shutil.rmtree(uri, ignore_errors=True)
+        return
+    for name in listing(uri):
+        with _errors(uri):
+            _blob(f"{uri.rstrip('/')}/{name}").delete()
+
+
+def _send(file: Path, uri: str) -> int:
+    import base64
+
+    import google_crc32c
+
+    blob = _blob(uri)
+    checksum = google_crc32c.Checksum()
+    with file.open("rb") as stream:
+        while chunk := stream.read(8 * 2**20):
+            checksum.update(chunk)
+    if blob.exists():
+        blob.reload()
+        if blob.crc32c == base64.b64encode(checksum.digest()).decode():
+            return 0
+    blob.upload_from_filename(str(file), checksum="crc32c")
+    return file.stat().st_size
+
+
+def _parts(uri: str) -> tuple[str, str]:
+    parts = urlsplit(uri)
+    if not parts.netloc or not parts.path.strip("/"):
+        raise InputError("a gs:// URI names a bucket and a path", where=uri, fix="as gs://bucket/folder")
+    return parts.netloc, parts.path.lstrip("/")
+
+
+def _client() -> Any:
+    try:
+        from google.cloud import storage
+    except ModuleNotFoundError:
+        raise OutsideError(
+            "gs:// needs the Google Cloud client", where="google-cloud-storage", fix="pip install 'tuneship[gke]'"
+        ) from None
+    return storage.Client()
+
+
+def _blob(uri: str) -> Any:
+    bucket, name = _parts(uri)
+    return _client().bucket(bucket).blob(name)
+
+
+@contextmanager
+def _errors(uri: str) -> Iterator[None]:
+    """Google's errors as ours."""
+    try:
+        from google.api_core import exceptions
+        from google.auth import exceptions as auth
+        from requests import exceptions as transport
+    except ModuleNotFoundError:
+        _client()
+        raise
+    try:
+        yield
+    except exceptions.NotFound as error:
+        raise InputError("no such object or bucket", where=uri) from error
+    except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+        raise OutsideError(
+            "the storage refuses these credentials", where=uri, fix="grant roles/storage.objectUser on the bucket"
+        ) from error
+    except auth.GoogleAuthError as error:
+        raise OutsideError(
+            f"no Google credentials: {error}", where=uri, fix="gcloud auth application-default login"
+        ) from error
+    except (exceptions.GoogleAPIError, transport.RequestException) as error:
+        raise OutsideError(f"the storage failed: {error}", where=uri, fix="run the same command again") from error

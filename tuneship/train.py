@@ -1,0 +1,297 @@
+"""train: the loop, readable top to bottom.
+
+    for each update: forward and backward over its packs, clip, step, log, perhaps save
+
+The same command continues a run that was killed, from its newest whole checkpoint. On a CPU the
+continued run is the uninterrupted one bit for bit: which rows an update sees is a function of its
+number (`packing.plan`), the random numbers of its dropout are seeded by its number, and the rest
+is in the checkpoint.
+
+Covered: SIGKILL at any instant, SIGTERM (checkpoint at the end of the update, exit 75), a full
+disk, a damaged checkpoint, a loss that is not a number.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tuneship import base, checkpoint, prompt
+from tuneship import model as models
+from tuneship.checkpoint import Checkpoint
+from tuneship.console import progress, say
+from tuneship.data import heldout
+from tuneship.data.packing import Plan, Tokens, pack, plan
+from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
+from tuneship.journal import Run, code_facts, read_json, write_json
+from tuneship.kernels import cpu
+from tuneship.loss import answer_loss, held_out_loss
+from tuneship.model import LoadedModel
+from tuneship.prompt import Prompt
+from tuneship.recipe import Train
+from tuneship.signals import stop_flag
+
+PROVENANCE = "tuneship.json"
+VALIDATION_ROWS = 100
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What train hands on: plain values."""
+
+    adapter: str
+    updates: int
+    loss: float
+    """Of the last update."""
+    tokens_per_second: float
+    """Since this process began training; 0 where it had nothing left to do."""
+
+
+def train(run: Run, *, mirror: str | None = None) -> Trained:
+    """Trains the adapter of a prepared run, or goes on doing so.
+
+    Args:
+        mirror: a URI to which checkpoints are copied, and from which they are taken where the
+            run's folder has none (another machine's retry).
+
+    Raises:
+        InputError: the run is not prepared, or the recipe does not fit the base.
+        OutsideError: the disk is full, the base cannot be reached.
+        Stopped: a signal came; the run is saved.
+        TuneshipError: the loss is not a number, or the device's memory is too small.
+    """
+    recipe = run.recipe
+    tokens, prepared = _prepared(run)
+    todo = plan(tokens.lengths, recipe.train)
+    if finished := _finished(run, todo):
+        say(f"already trained: {run.adapter}")
+        return finished
+
+    files = base.resolve(recipe.model)
+    if files.fingerprint() != prepared["base"]["fingerprint"]:
+        raise InputError(
+            "the base model changed since this run was prepared", where=files.name, fix="start anew with --fresh"
+        )
+    models.check_architecture(files)
+    models.check_lora(files, recipe.lora)
+    _check_length(files, recipe.train)
+    cpu.keep_memory()
+    model = models.load(files, recipe.model.precision)
+    models.add_lora(model, recipe.lora, seed=recipe.train.seed)
+    optimizer = _optimizer(model, recipe.train)
+    _check_room(run.path, model)
+
+    done = _resume(run, model, optimizer, mirror)
+    validation = _validation(run, model) if recipe.train.eval_steps else None
+    parameters = list(models.trainable(model).values())
+    model.causal.train()
+    seen, began, loss = 0, time.monotonic(), math.nan
+    with stop_flag() as stop, run.log() as log, progress("updates", len(todo)) as shown:
+        shown.advance(done)
+        for step in range(done + 1, len(todo) + 1):
+            started = time.monotonic()
+            # Dropout depends on the update's number, not on what happened before it.
+            torch.manual_seed(recipe.train.seed * 1_000_003 + step)
+            rate = learning_rate(step, len(todo), recipe.train)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            packs = [pack(tokens, rows) for rows in todo.updates[step - 1]]
+            labels = sum(len(packed.labels) for packed in packs)
+            loss = 0.0
+            for packed in packs:
+                part = _forward(model, packed, recipe.train) / labels
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += float(part.detach())
+            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm or math.inf)
+            if not (math.isfinite(loss) and math.isfinite(float(norm))):
+                raise _not_a_number(step, loss, float(norm), todo, done, run)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            size = sum(len(packed.ids) for packed in packs)
+            seen += size
+            line = {"step": step, "loss": loss, "grad_norm": float(norm), "lr": rate, "tokens": size}
+            if validation is not None and (step % recipe.train.eval_steps == 0 or step == len(todo)):  # type: ignore[operator]
+                line["validation_loss"] = held_out_loss(
+                    model, validation, tokens_per_batch=recipe.train.tokens_per_batch
+                )
+            log.write(**line, seconds=round(time.monotonic() - started, 4))
+            shown.advance(1, f"loss {loss:.3f}  {seen / (time.monotonic() - began):,.0f} tokens/s")
+
+            if step % recipe.train.save_steps == 0 or step == len(todo) or stop:
+                log.sync()
+                checkpoint.save(
+                    run.checkpoints,
+                    Checkpoint(step, model.adapter_tensors(), _moments(model, optimizer), {"loss": loss}),
+                    keep=recipe.train.save_total_limit,
+                    mirror=mirror,
+                )
+            if stop and step < len(todo):
+                raise Stopped(
+                    f"stopped by {stop.signal} after update {step} of {len(todo)}; it is saved",
+                    where=str(run.path),
+                    fix="run the same command again to go on",
+                )
+    speed = seen / (time.monotonic() - began) if seen else 0.0
+    return _finish(run, model, prepared, todo, loss, speed)
+
+
+def learning_rate(step: int, total: int, train: Train) -> float:
+    """The rate of an update (from 1), as transformers' schedules give it.
+
+    Linear from 0 over the warm-up, then cosine or linear to 0, or constant. The first update of a
+    warm-up of w has rate 0/w, as there.
+    """
+    warmup = train.warmup_steps if train.warmup_steps >= 1 else math.ceil(train.warmup_steps * total)
+    at = step - 1
+    if at < warmup:
+        return train.learning_rate * at / max(1.0, warmup)
+    share = (at - warmup) / max(1.0, total - warmup)
+    if train.lr_scheduler_type == "cosine":
+        return train.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+    return train.learning_rate * (1.0 - share if train.lr_scheduler_type == "linear" else 1.0)
+
+
+def _prepared(run: Run) -> tuple[Tokens, dict[str, Any]]:
+    if not (run.data / "prepared.json").exists():
+        raise InputError("the run is not prepared", where=str(run.path), fix="tuneship prepare RECIPE")
+    return Tokens.load(run.data / "train.safetensors"), read_json(run.data / "prepared.json")
+
+
+def _finished(run: Run, todo: Plan) -> Trained | None:
+    if not (run.adapter / PROVENANCE).exists():
+        return None
+    facts = read_json(run.adapter / PROVENANCE)
+    return Trained(str(run.adapter), len(todo), facts["loss"], 0.0)
+
+
+def _check_length(files: base.BaseFiles, train: Train) -> None:
+    length = files.config["max_position_embeddings"]
+    if train.max_length > length:
+        raise InputError(
+            f"train.max_length {train.max_length} is more than the base's context of {length} tokens",
+            where="train.max_length",
+            fix=f"at most {length}",
+        )
+
+
+def _check_room(folder: Path, model: LoadedModel) -> None:
+    """Refuses to start where the checkpoints will not fit: two of weights and both moments, and the adapter."""
+    size = sum(p.nbytes for p in models.trainable(model).values())
+    needed, free = 10 * size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutsideError(
+            f"checkpoints need {needed} bytes, {free} are free", where=str(folder), fix="free some room, or name another --run"
+        )
+
+
+def _optimizer(model: LoadedModel, train: Train) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        models.trainable(model).values(),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        fused=True,
+    )
+
+
+def _forward(model: LoadedModel, packed: Any, train: Train) -> torch.Tensor:
+    try:
+        return answer_loss(model, packed)
+    except torch.OutOfMemoryError as error:
+        raise TuneshipError(
+            f"the device's memory does not hold a forward pass of {len(packed.ids)} tokens",
+            where=f"train.tokens_per_batch: {train.tokens_per_batch}",
+            fix="lower train.tokens_per_batch; then train.max_length, if rows are long",
+        ) from error
+
+
+def _not_a_number(step: int, loss: float, norm: float, todo: Plan, done: int, run: Run) -> TuneshipError:
+    rows = [row for rows in todo.updates[step - 1] for row in rows]
+    last = checkpoint.steps(run.checkpoints)
+    return TuneshipError(
+        f"update {step}: the loss is {loss}, the gradient's norm {norm}; rows {rows[:20]} of data/train.safetensors",
+        where=str(run.path),
+        fix="lower train.learning_rate or set train.max_grad_norm; "
+        + (f"checkpoint step-{last[-1]} is kept" if last else "there was no checkpoint yet"),
+    )
+
+
+def _resume(run: Run, model: LoadedModel, optimizer: torch.optim.AdamW, mirror: str | None) -> int:
+    """Puts the newest whole checkpoint into model and optimiser; returns its update, or 0."""
+    saved = checkpoint.latest(run.checkpoints, mirror=mirror)
+    if saved is None:
+        if run.metrics():
+            say("no checkpoint was saved before the stop; starting with update 1 again")
+        run.rewind(0)
+        return 0
+    models.set_adapter_tensors(model, saved.adapter)
+    for name, parameter in models.trainable(model).items():
+        moments = {key: saved.optimizer[f"{name}.{key}"] for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {
+            "step": saved.optimizer["step"].clone().to(parameter.device),
+            **{key: tensor.to(parameter.device) for key, tensor in moments.items()},
+        }
+    run.rewind(saved.step)
+    say(f"going on after update {saved.step}")
+    return saved.step
+
+
+def _moments(model: LoadedModel, optimizer: torch.optim.AdamW) -> dict[str, torch.Tensor]:
+    """AdamW's state by parameter name; `step` is the same for all."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in models.trainable(model).items():
+        state = optimizer.state[parameter]
+        tensors["step"] = state["step"].detach().cpu().reshape(()).clone()
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{name}.{key}"] = state[key].detach().cpu().contiguous()
+    return tensors
+
+
+def _validation(run: Run, model: LoadedModel) -> Tokens | None:
+    rows = heldout.read(run.data / "validation.jsonl", VALIDATION_ROWS)
+    if not rows:
+        return None
+    return heldout.tokenise(rows, Prompt(run.recipe.data.template, run.recipe.data.stop), model.tokenizer)
+
+
+def _finish(run: Run, model: LoadedModel, prepared: dict[str, Any], todo: Plan, loss: float, speed: float) -> Trained:
+    """Writes the adapter folder, moved to its place by one rename."""
+    if math.isnan(loss):
+        loss = run.metrics()[-1]["loss"]
+    partial = run.path / ".adapter.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    models.write_adapter(model, partial)
+    prompt.write(partial, Prompt(run.recipe.data.template, run.recipe.data.stop), model.tokenizer)
+    code = code_facts()
+    weights = run.recipe.model_dump(mode="json", include={"name", "model", "data", "lora", "train"})
+    write_json(
+        partial / PROVENANCE,
+        {
+            "recipe": weights,
+            "base": prepared["base"],
+            "data": {key: prepared[key] for key in ("source", "train_sha256", "splits")},
+            "code": code,
+            "device": _device_name(model.device),
+            "updates": len(todo),
+            "loss": loss,
+        },
+    )
+    shutil.rmtree(run.adapter, ignore_errors=True)
+    partial.rename(run.adapter)
+    run.record(code=code, device=_device_name(model.device), tokens_per_second=round(speed, 1))
+    return Trained(str(run.adapter), len(todo), loss, speed)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
