@@ -282,8 +282,7 @@ def _insert(db: sqlite3.Connection, answer: str, rng: random.Random) -> None:
     hints, keys = _read_hints(answer, schema)
     for table, columns in schema.items():
         values = []
-        # The first key column of a table is its own: each row has another value. Further ones refer to others.
-        own = next((column for column, _ in columns if _is_key(column)), None)
+        own = _own_key(table, schema)
         for column, kind in columns:
             hint = hints.get((table.lower(), column.lower()), _Hints([]))
             key = (table.lower(), column.lower()) in keys or _is_key(column)
@@ -339,6 +338,28 @@ def _read_hints(
 
 def _is_key(column: str) -> bool:
     return column.lower() in ("id", "code", "number") or column.lower().endswith(("_id", "_code"))
+
+
+def _own_key(table: str, schema: dict[str, list[tuple[str, str]]]) -> str | None:
+    """The key column whose values differ from row to row; the table's other keys refer to others.
+
+    `officer_id` belongs to `police_officers`, by its name, and not to `fines`; `id` belongs to its
+    table; and so does a first key that no other table claims.
+    """
+    keys = {name: [column for column, _ in columns if _is_key(column)] for name, columns in schema.items()}
+    claims = {(name, column) for name, some in keys.items() for column in some if _names(name, column)}
+    if mine := [column for column in keys[table] if (table, column) in claims]:
+        return mine[0]
+    if plain := [column for column in keys[table] if column.lower() in ("id", "code", "number")]:
+        return plain[0]
+    claimed = {column for _, column in claims}
+    return next((column for column in keys[table] if column not in claimed), None)
+
+
+def _names(table: str, column: str) -> bool:
+    stem = re.sub(r"_(id|code)$", "", column.lower())
+    name = table.lower()
+    return name.endswith((stem, f"{stem}s", f"{stem}es", f"{stem.removesuffix('y')}ies"))
 
 
 def _column(

@@ -6,6 +6,8 @@ least one order" is a subquery (shapes.py), not a join with DISTINCT.
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +66,17 @@ def _on(child: Table, link: Column, parent: Table) -> str:
 
 def _join(child: Table, link: Column, parent: Table) -> str:
     return f"{child.name}{_on(child, link, parent)}"
+
+
+def _draft(asking: Asking, question: str, answer: str, tables: tuple[str, ...]) -> Draft:
+    """A join names a column's table where two of its tables have such a column, and in ON."""
+    several = Counter(c.name for name in tables for c in asking.domain.by_name[name].columns)
+
+    def bare(match: re.Match[str]) -> str:
+        on, table, column = match[1], match[2], match[3]
+        return match[0] if on or table not in tables or several[column] > 1 else column
+
+    return Draft(question, re.sub(r"( ON \w+\.\w+ = )?\b(\w+)\.(\w+)", bare, answer), tables)
 
 
 def _select(*columns: tuple[Table, Sequence[Column]]) -> str:
@@ -131,7 +144,7 @@ def _by_parent(asking: Asking) -> Draft:
         select = _select((child, chosen))
     question = asking.ask(what, slots, filtered=True)
     answer = f"SELECT {select} FROM {_join(child, link, parent)} WHERE {where}"
-    return Draft(question, answer, (child.name, parent.name))
+    return _draft(asking, question, answer, (child.name, parent.name))
 
 
 def _pair(asking: Asking) -> Draft:
@@ -157,7 +170,7 @@ def _pair(asking: Asking) -> Draft:
     question = asking.ask("pair", slots, filtered=phrase is not None)
     select = _select((child, chosen), (parent, others))
     answer = f"SELECT {select} FROM {_join(child, link, parent)}{where}"
-    return Draft(question, answer, (child.name, parent.name))
+    return _draft(asking, question, answer, (child.name, parent.name))
 
 
 def _owner(asking: Asking) -> Draft:
@@ -176,7 +189,7 @@ def _owner(asking: Asking) -> Draft:
         tail, bank = ranked.sql(f"{child.name}."), "owner_top"
     question = asking.ask(bank, slots, filtered=False)
     answer = f"SELECT {_select((parent, chosen))} FROM {_join(child, link, parent)}{tail}"
-    return Draft(question, answer, (child.name, parent.name))
+    return _draft(asking, question, answer, (child.name, parent.name))
 
 
 def _by_parent_group(asking: Asking) -> Draft:
@@ -199,7 +212,7 @@ def _by_parent_group(asking: Asking) -> Draft:
     question = asking.ask(banks, slots, filtered=False)
     key = f"{parent.name}.{g.name}"
     answer = f"SELECT {key}, {sql} FROM {_join(child, link, parent)} GROUP BY {key}"
-    return Draft(question, answer, (child.name, parent.name))
+    return _draft(asking, question, answer, (child.name, parent.name))
 
 
 # --- three tables ---
@@ -237,7 +250,7 @@ def _triple(asking: Asking, path: Path) -> Draft:
         slots["ccols"] = asking.names(path.child, own)["cols"]
     question = asking.ask("triple_own" if own else "triple", slots, filtered=phrase is not None)
     select = _select((path.child, own), (path.first, one), (path.second, other))
-    return Draft(question, f"SELECT {select} FROM {path.source}{where}", path.tables)
+    return _draft(asking, question, f"SELECT {select} FROM {path.source}{where}", path.tables)
 
 
 def _own_filter(asking: Asking, path: Path, without: set[str]) -> tuple[str, Phrase | None]:
@@ -268,7 +281,7 @@ def _far(asking: Asking, path: Path) -> Draft:
         slots |= asking.names(path.child, chosen)
         select, bank = _select((path.child, chosen)), "rows"
     question = asking.ask(bank, slots, filtered=True)
-    return Draft(question, f"SELECT {select} FROM {path.source} WHERE {where}", path.tables)
+    return _draft(asking, question, f"SELECT {select} FROM {path.source} WHERE {where}", path.tables)
 
 
 def _cross(asking: Asking, path: Path) -> Draft:
@@ -283,4 +296,4 @@ def _cross(asking: Asking, path: Path) -> Draft:
     question = asking.ask("cross", slots, filtered=True)
     where = condition.sql(f"{path.second.name}.")
     answer = f"SELECT {_select((path.first, chosen))} FROM {path.source} WHERE {where}"
-    return Draft(question, answer, path.tables)
+    return _draft(asking, question, answer, path.tables)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from text_to_sql import groups, joins, ranking, shapes
 from text_to_sql.asking import Asking, Draft
 from text_to_sql.phrases import NoWay
-from text_to_sql.schema import Domain, load_domains
+from text_to_sql.schema import Domain, Table, load_domains
 
 SEED = 11
 ROWS_PER_DOMAIN = 28
 RARE_SHARE = 0.43
-DISTRACTOR_SHARE = 0.22
+DISTRACTOR_SHARE = 0.15
+# Columns that a table shows beside those that the answer uses.
+MORE_COLUMNS = (1, 1, 2, 2, 3)
 _TRIES = 400
 # A row stays below 256 tokens of a small model's tokenizer.
 MAX_CHARACTERS = 700
@@ -134,10 +137,24 @@ def _draw(
 
 
 def _context(domain: Domain, draft: Draft, rng: random.Random) -> str:
-    """The tables of a question, sometimes with one that it does not need."""
+    """The tables of a question, sometimes with one that it does not need.
+
+    As in sql-create-context, a table shows the columns that the answer uses and a few others. One
+    whose rows are wanted whole shows all.
+    """
+    words = set(re.findall(r"\w+", re.sub(r"'[^']*'", "", draft.answer)))
+    whole = "SELECT *" in draft.answer
     tables = [domain.by_name[name] for name in draft.tables]
     others = [t for t in domain.tables if t not in tables]
     if others and rng.random() < DISTRACTOR_SHARE:
         tables.append(rng.choice(others))
     rng.shuffle(tables)
-    return "; ".join(t.ddl for t in tables)
+    return "; ".join(t.ddl(_shown(t, words, whole and t.name in words, rng)) for t in tables)
+
+
+def _shown(table: Table, words: set[str], whole: bool, rng: random.Random) -> set[str]:
+    names = [c.name for c in table.columns]
+    needed = [name for name in names if name in words and table.name in words]
+    rest = [name for name in names if name not in needed]
+    more = len(rest) if whole else min(len(rest), rng.choice(MORE_COLUMNS))
+    return {*needed, *rng.sample(rest, max(more, 2 - len(needed)))}

@@ -25,7 +25,7 @@ A table's own: `_one: NOUN` (its singular), `_many: NOUNS`, `_who: true` (its ro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -108,10 +108,10 @@ class Table:
     who: bool
     columns: tuple[Column, ...]
 
-    @property
-    def ddl(self) -> str:
-        """Its CREATE TABLE statement."""
-        return f"CREATE TABLE {self.name} ({', '.join(f'{c.name} {c.type}' for c in self.columns)})"
+    def ddl(self, shown: Collection[str]) -> str:
+        """Its CREATE TABLE statement, with the columns of these names only."""
+        columns = ", ".join(f"{c.name} {c.type}" for c in self.columns if c.name in shown)
+        return f"CREATE TABLE {self.name} ({columns})"
 
     @property
     def label(self) -> Column | None:
