@@ -91,5 +91,6 @@ class RedactingFilter(logging.Filter):
     """Keeps tokens out of log records, those of libraries included. Add it to each handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        """Rewrites the record; never drops it."""
         record.msg, record.args = redact(record.getMessage()), ()
         return True

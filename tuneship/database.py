@@ -21,7 +21,7 @@ import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
@@ -212,7 +212,7 @@ def fill(context: str, answer: str, *, seed: int) -> Iterator[sqlite3.Connection
             raise InputError(f"the context is not CREATE TABLE statements: {error}", where=f"{context:.200}") from None
         finally:
             db.set_authorizer(None)
-        _insert(db, answer, random.Random(seed))
+        _insert(db, answer, random.Random(seed))  # noqa: S311 - test data
         db.commit()
         db.execute("PRAGMA query_only=ON")
         yield db
@@ -258,13 +258,15 @@ def _quoted(name: str) -> str:
 
 _TOKEN = re.compile(r"'(?:[^']|'')*'|\"[^\"]*\"|\d+(?:\.\d+)?|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?|[^\s\w]")
 _KEYWORDS = frozenset(
-    "select from where and or not in between like is null group by having order limit as on join inner left outer "
-    "distinct count sum avg min max asc desc case when then else end union all exists offset cast round".split()
+    """
+    select from where and or not in between like is null group by having order limit as on join inner left outer
+    distinct count sum avg min max asc desc case when then else end union all exists offset cast round
+    """.split()
 )
-_WORDS = (
-    "amber birch cedar delta ember fable grove heron ivory jade kestrel lumen maple north ocean "
-    "pearl quartz raven slate tulip umber vivid willow xenon yarrow zephyr"
-).split()
+_WORDS = """
+    amber birch cedar delta ember fable grove heron ivory jade kestrel lumen maple north ocean pearl quartz raven
+    slate tulip umber vivid willow xenon yarrow zephyr
+    """.split()
 
 
 @dataclass
@@ -289,7 +291,8 @@ def _insert(db: sqlite3.Connection, answer: str, rng: random.Random) -> None:
             values.append(_column(column.lower(), kind, hint, key, column == own, rng))
         marks = ", ".join("?" * len(columns))
         # OR IGNORE: a UNIQUE or CHECK constraint of the context may refuse a row.
-        db.executemany(f"INSERT OR IGNORE INTO {_quoted(table)} VALUES ({marks})", zip(*values, strict=True))
+        insert = f"INSERT OR IGNORE INTO {_quoted(table)} VALUES ({marks})"  # noqa: S608 - the name is quoted
+        db.executemany(insert, zip(*values, strict=True))
 
 
 def _read_hints(
@@ -319,7 +322,7 @@ def _read_hints(
         if word in owners and word not in _KEYWORDS:
             if previous == "=":
                 # column = column: a join.
-                keys.update(last), keys.update(owners[word])
+                keys.update(last, owners[word])
             last = owners[word]
             for place in last:
                 hint = hints.setdefault(place, _Hints([]))
@@ -377,18 +380,22 @@ def _column(
         special = _around(hint.literals, numeric=numeric, integer="INT" in kind)
         fresh = _fresh(name, kind, numeric, special, rng)
         if hint.repeated or not (numeric or hint.distinct or "date" in name or "DATE" in kind):
-            values = list(_shared((special + fresh)[: max(len(_SHARES), len(special))], rng))
+            values = _nullable(_shared((special + fresh)[: max(len(_SHARES), len(special))], rng))
         elif hint.distinct:
             # Ordered by: without ties, so that the order is one.
-            values = list(dict.fromkeys(special + fresh))[:_ROWS]
+            values = _nullable(dict.fromkeys(special + fresh))[:_ROWS]
         else:
             repeats = [value for value in special for _ in range(4)][: _ROWS * 2 // 3]
-            values = list(repeats + fresh)[:_ROWS]
+            values = _nullable(repeats + fresh)[:_ROWS]
         rng.shuffle(values)
     if hint.null:
         for index in rng.sample(range(_ROWS), _ROWS // 3):
             values[index] = None
     return values
+
+
+def _nullable(values: Iterable[int | float | str]) -> list[int | float | str | None]:
+    return list(values)
 
 
 def _shared(pool: Sequence[T], rng: random.Random) -> list[T]:

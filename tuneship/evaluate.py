@@ -23,7 +23,7 @@ from tuneship import model as models
 from tuneship.console import progress, say
 from tuneship.data import heldout
 from tuneship.data.heldout import HeldOut
-from tuneship.errors import GateError, InputError, Stopped
+from tuneship.errors import InputError, Stopped
 from tuneship.generation import Completion, Generator, Request, complete
 from tuneship.journal import Run, write_json
 from tuneship.kernels import cpu
@@ -75,7 +75,7 @@ class Score:
 def evaluate(run: Run) -> dict[str, Any]:
     """Measures base and tuned, and writes evaluation.json; returns what it holds, without the answers.
 
-    The gate's word is in it (`gate.passed`); `check_gate` raises on it.
+    The gate's word is in it: `gate.passed`, and `gate.reasons` if not.
 
     Raises:
         InputError: there is no adapter, or no held-out row.
@@ -117,27 +117,18 @@ def evaluate(run: Run) -> dict[str, Any]:
     scores = [_score(name, given, rows, losses[name], recipe.evaluate) for name, given in answers.items()]
     result = _result(scores, answers, recipe.evaluate)
     lines = [
-        {"number": row.number, **row.fields, "columns": row.columns, "answers": {n: asdict(a[i]) for n, a in answers.items()}}
+        {
+            "number": row.number,
+            **row.fields,
+            "columns": row.columns,
+            "answers": {n: asdict(a[i]) for n, a in answers.items()},
+        }
         for i, row in enumerate(rows)
     ]
     write_json(run.evaluation_file, {**result, "rows": lines})
     for line in table(result):
         say(line)
     return result
-
-
-def check_gate(result: dict[str, Any], where: str) -> None:
-    """Raises what the gate says.
-
-    Raises:
-        GateError: naming the figures that are too low.
-    """
-    if not result["gate"]["passed"]:
-        raise GateError(
-            "the gate said no: " + "; ".join(result["gate"]["reasons"]),
-            where=where,
-            fix="train longer or on more rows, or lower evaluate.gate",
-        )
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -153,7 +144,9 @@ def table(result: dict[str, Any]) -> list[str]:
             f"  {score['ended']:6.1%}  {loss}"
         )
     gain = result["gain"]
-    lines.append(f"gain over the better base: {gain['value']:+.1%} ({gain['interval'][0]:+.1%} to {gain['interval'][1]:+.1%})")
+    lines.append(
+        f"gain over the better base: {gain['value']:+.1%} ({gain['interval'][0]:+.1%} to {gain['interval'][1]:+.1%})"
+    )
     if result["unjudged"]:
         lines.append(f"{result['unjudged']} rows were left out: their own answer does not run")
     lines.append("gate: passed" if result["gate"]["passed"] else "gate: no – " + "; ".join(result["gate"]["reasons"]))
@@ -187,7 +180,9 @@ def _measure(
     short = [index for index, ids in enumerate(prompts) if len(ids) <= room]
     longest = max((len(prompts[index]) for index in short), default=0)
     length = len(prefix) + longest + settings.max_new_tokens
-    generator = Generator(model, slots=min(settings.per_device_eval_batch_size, len(rows)), length=length, prefix=prefix)
+    generator = Generator(
+        model, slots=min(settings.per_device_eval_batch_size, len(rows)), length=length, prefix=prefix
+    )
     requests = [Request(prompts[index], settings.max_new_tokens, stop=contract.stop) for index in short]
 
     done: dict[int, Completion] = {}

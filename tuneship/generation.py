@@ -91,16 +91,21 @@ class _Prefill:
         self.cache, self.segments = cache, segments
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         keys, values = self.cache.layer(layer, key)
         rows, at = [], 0
         for slot, start, count in self.segments:
             end, here = start + count, slice(at, at + count)
             keys[slot, :, start:end], values[slot, :, start:end] = key[:, here], value[:, here]
-            rows.append(
-                causal(query[:, here], keys[slot, :, :end], values[slot, :, :end], scale, softcap, window)
-            )
+            rows.append(causal(query[:, here], keys[slot, :, :end], values[slot, :, :end], scale, softcap, window))
             at += count
         return torch.cat(rows, dim=1).transpose(0, 1)
 
@@ -115,7 +120,14 @@ class _Decode:
         self.past = torch.arange(self.reach, device=positions.device)[None, :]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         keys, values = self.cache.layer(layer, key)
         n, at = len(self.positions), self.positions[:, None]

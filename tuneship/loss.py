@@ -25,7 +25,8 @@ def held_out_loss(model: LoadedModel, tokens: Tokens, *, tokens_per_batch: int) 
     """Mean cross-entropy a label over rows that were not trained on."""
     was_training = model.causal.training
     model.causal.eval()
-    total, count, rows, size = 0.0, 0, [], 0
+    total, count, size = 0.0, 0, 0
+    rows: list[int] = []
     for row, length in enumerate([*tokens.lengths.tolist(), 0]):
         if rows and (size + length > tokens_per_batch or length == 0):
             packed = pack(tokens, rows)

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
 from tuneship.kernels import attention
+from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Layout
 from tuneship.recipe import Lora
 
@@ -50,7 +51,7 @@ class LoadedModel:
     @property
     def head(self) -> Tensor:
         """(vocabulary, width)"""
-        weight: Tensor = self.causal.lm_head.weight  # type: ignore[union-attr,assignment]
+        weight: Tensor = self.causal.lm_head.weight
         return weight
 
     @property
@@ -72,9 +73,7 @@ class LoadedModel:
         Returns:
             (tokens, width)
         """
-        out = self.causal.model(  # type: ignore[operator]
-            input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout
-        )
+        out = self.causal.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
         states: Tensor = out.last_hidden_state[0]
         return states
 
@@ -131,7 +130,7 @@ def load(files: BaseFiles, precision: str = "auto", device: torch.device | None 
     check_architecture(files)
     device = device or pick_device()
     dtype = _dtype(precision, device)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     causal = AutoModelForCausalLM.from_pretrained(
         files.folder, dtype=dtype, attn_implementation=attention.NAME, local_files_only=True, use_safetensors=True
     )
@@ -162,7 +161,9 @@ def check_lora(files: BaseFiles, lora: Lora) -> None:
     layers = int(config["num_hidden_layers"])
     if lora.layers_to_transform is not None and (beyond := [n for n in lora.layers_to_transform if n >= layers]):
         raise InputError(
-            f"the base has layers 0 to {layers - 1}, not {beyond[0]}", where="lora.layers_to_transform", fix="leave it out"
+            f"the base has layers 0 to {layers - 1}, not {beyond[0]}",
+            where="lora.layers_to_transform",
+            fix="leave it out",
         )
     linears = _linears(files)
     if lora.target_modules != "all-linear" and (unknown := [n for n in lora.target_modules if n not in linears]):
@@ -200,7 +201,7 @@ def add_lora(model: LoadedModel, lora: Lora, *, seed: int) -> None:
     targets = list(_linears(model.files) if lora.target_modules == "all-linear" else lora.target_modules)
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.lora_alpha,  # type: ignore[arg-type]  # a float works and is written as one
+        lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
         target_modules=targets,
         layers_to_transform=list(lora.layers_to_transform) if lora.layers_to_transform is not None else None,
@@ -210,8 +211,9 @@ def add_lora(model: LoadedModel, lora: Lora, *, seed: int) -> None:
         revision=None if model.files.revision == "local" else model.files.revision,
     )
     torch.manual_seed(seed)
-    model.peft = get_peft_model(model.causal, config)  # type: ignore[assignment]
+    model.peft = get_peft_model(model.causal, config)
     assert model.peft is not None
+    lora_kernel.fuse(model.causal)
     # get_peft_model writes the base's local folder here; the adapter names the base as the recipe does.
     model.peft.peft_config["default"].base_model_name_or_path = model.files.name
 
@@ -234,8 +236,9 @@ def load_adapter(model: LoadedModel, folder: Path) -> None:
         warnings.simplefilter("ignore")
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        model.peft = get_peft_model(model.causal, config)  # type: ignore[assignment,arg-type]
+        model.peft = get_peft_model(model.causal, config)
         set_adapter_tensors(model, load_file(folder / WEIGHTS))
+    lora_kernel.fuse(model.causal)
     model.causal.eval()
 
 

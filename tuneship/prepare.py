@@ -79,7 +79,9 @@ def prepare(run: Run) -> dict[str, Any]:
         "validation_sha256": sha256_file(folder / "validation.jsonl"),
         "base": {"name": files.name, "revision": files.revision, "fingerprint": files.fingerprint()},
     }
-    run.record(code=code_facts(), data={key: prepared[key] for key in ("source", "train_sha256")}, base=prepared["base"])
+    run.record(
+        code=code_facts(), data={key: prepared[key] for key in ("source", "train_sha256")}, base=prepared["base"]
+    )
     write_json(folder / PREPARED, prepared)
     for line in summary(prepared):
         say(line)
@@ -89,7 +91,9 @@ def prepare(run: Run) -> dict[str, Any]:
 def summary(prepared: dict[str, Any]) -> list[str]:
     """The counts as lines for a person."""
     splits = prepared["splits"]
-    lines = [f"rows: {splits['train']} to train on, {splits['validation']} for validation, {splits['test']} for the test"]
+    lines = [
+        f"rows: {splits['train']} to train on, {splits['validation']} for validation, {splits['test']} for the test"
+    ]
     if prepared["duplicates"]:
         lines.append(f"left out {prepared['duplicates']} duplicates, as row {prepared['duplicate_examples'][0]}")
     if prepared["bad"]:
@@ -97,7 +101,9 @@ def summary(prepared: dict[str, Any]) -> list[str]:
     if prepared.get("long"):
         lines.append(f"left out {prepared['long']} rows that are longer than train.max_length")
     if "tokens" in prepared:
-        lines.append(f"tokens: {prepared['tokens']}, {prepared['labels']} of them learned; longest row {prepared['longest']}")
+        lines.append(
+            f"tokens: {prepared['tokens']}, {prepared['labels']} of them learned; longest row {prepared['longest']}"
+        )
     return lines
 
 

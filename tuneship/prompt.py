@@ -41,7 +41,9 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
 
-    def __call__(self, text: list[str], **kwargs: Any) -> Any: ...
+    def __call__(self, text: list[str], **kwargs: Any) -> Any:
+        """Texts in, a mapping with `input_ids` out."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -415,14 +415,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
-            mark = self.peek_event().start_mark
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed in a recipe", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} twice", key_node.start_mark)
             seen.add(key)
@@ -445,8 +445,8 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
         problem = getattr(error, "problem", None) or type(error).__name__
         raise InputError(f"not a YAML recipe: {problem}", where=f"{where}:{mark.line + 1}" if mark else where) from None
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
-    if not isinstance(tree, dict):
+        loader.dispose()
+    if node is None or not isinstance(tree, dict):
         raise InputError(
             "a recipe is a mapping with the sections model and data", where=where, fix="tuneship init lists examples"
         )

@@ -32,7 +32,7 @@ def open_read(uri: str) -> Iterator[IO[bytes]]:
     """
     if not is_remote(uri):
         try:
-            stream: IO[bytes] = Path(uri).open("rb")
+            stream: IO[bytes] = Path(uri).open("rb")  # noqa: SIM115 - closed below
         except (FileNotFoundError, IsADirectoryError):
             raise InputError("no such file", where=uri) from None
         except OSError as error:

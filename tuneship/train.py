@@ -188,7 +188,9 @@ def _check_room(folder: Path, model: LoadedModel) -> None:
     needed, free = 10 * size, shutil.disk_usage(folder).free
     if needed > free:
         raise OutsideError(
-            f"checkpoints need {needed} bytes, {free} are free", where=str(folder), fix="free some room, or name another --run"
+            f"checkpoints need {needed} bytes, {free} are free",
+            where=str(folder),
+            fix="free some room, or name another --run",
         )
 
 

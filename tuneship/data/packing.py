@@ -8,6 +8,7 @@ the number of its last update to go on with the same rows.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,23 +131,20 @@ def plan(lengths: Sequence[int] | NDArray[np.int64], train: Train) -> Plan:
     """
     lengths = [int(length) for length in lengths]
     updates: list[list[tuple[int, ...]]] = []
-    wanted = train.max_steps
-    epoch = 0
-    whole = 0
-    while True:
-        made = _epoch(lengths, train, epoch)
-        if wanted is None:
-            assert train.num_train_epochs is not None
-            if epoch == 0:
-                wanted = max(1, round(len(made) * train.num_train_epochs))
-            # Packs differ a little from epoch to epoch; whole epochs are never cut short by that.
-            whole += len(made)
-            if train.num_train_epochs == epoch + 1:
-                wanted = whole
-        updates += made
-        epoch += 1
-        if len(updates) >= wanted:
-            return Plan(updates[:wanted])
+    if train.max_steps is not None:
+        for epoch in itertools.count():
+            if len(updates) >= train.max_steps:
+                break
+            updates += _epoch(lengths, train, epoch)
+        return Plan(updates[: train.max_steps])
+    assert train.num_train_epochs is not None
+    whole, part = divmod(train.num_train_epochs, 1)
+    for epoch in range(int(whole)):
+        updates += _epoch(lengths, train, epoch)
+    if part:
+        last = _epoch(lengths, train, int(whole))
+        updates += last[: max(1, round(len(last) * part))]
+    return Plan(updates)
 
 
 def _epoch(lengths: list[int], train: Train, epoch: int) -> list[list[tuple[int, ...]]]:

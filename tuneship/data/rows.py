@@ -119,8 +119,8 @@ def _judge(tally: Tally, data: Data, where: str) -> None:
         raise _bad_rows(tally, where)
     if len(tally.bad) > data.max_bad_fraction * tally.seen:
         raise InputError(
-            f"{len(tally.bad)} of {tally.seen} rows are bad, more than data.max_bad_fraction {data.max_bad_fraction:g}; "
-            f"row {tally.bad[0][0]}: {tally.bad[0][1]}",
+            f"{len(tally.bad)} of {tally.seen} rows are bad, "
+            f"more than data.max_bad_fraction {data.max_bad_fraction:g}; row {tally.bad[0][0]}: {tally.bad[0][1]}",
             where=where,
             fix="mend the rows, or raise data.max_bad_fraction",
         )

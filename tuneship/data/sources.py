@@ -45,7 +45,9 @@ def check(data: Data) -> str:
     if name in BUILTIN:
         kind = "builtin"
     elif name.startswith("builtin:"):
-        raise InputError("no such built-in data", where=f"data.dataset_name: {name}", fix=f"there is {', '.join(BUILTIN)}")
+        raise InputError(
+            "no such built-in data", where=f"data.dataset_name: {name}", fix=f"there is {', '.join(BUILTIN)}"
+        )
     elif name.endswith(SUFFIXES):
         kind = "file"
         if not storage.is_remote(name) and not Path(name).is_file():
@@ -215,4 +217,6 @@ def _hub(data: Data) -> Iterator[tuple[int, RawRow]]:
         raise InputError(f"the Hub knows no such data set: {error}", where=data.dataset_name) from error
     except ValueError as error:
         # datasets' word for an unknown configuration or split.
-        raise InputError(str(error), where=data.dataset_name, fix="check dataset_config and dataset_train_split") from error
+        raise InputError(
+            str(error), where=data.dataset_name, fix="check dataset_config and dataset_train_split"
+        ) from error

@@ -30,7 +30,14 @@ class Layout(Protocol):
     """Which token sees which."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         """Attention of one layer.
 
@@ -57,7 +64,14 @@ class Documents:
         self.bounds = list(bounds)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
     ) -> Tensor:
         """See `Layout`. One product a row: a mask over all of them would be almost empty."""
         rows = [
@@ -67,7 +81,9 @@ class Documents:
         return torch.cat(rows, dim=1).transpose(0, 1)
 
 
-def causal(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None) -> Tensor:
+def causal(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None, window: int | None
+) -> Tensor:
     """Causal attention of the last tokens of one row.
 
     Args:

@@ -1,0 +1,276 @@
+"""The command line: one verb a stage.
+
+Results go to stdout, everything else to stderr. Exit codes are those of tuneship.errors. Every verb
+imports only what it needs: `tuneship --help` loads no torch, no transformers, no metaflow.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import tuneship
+from tuneship.console import say
+from tuneship.credentials import redact
+from tuneship.errors import GateError, InputError, TuneshipError
+
+app = typer.Typer(
+    help="One recipe, from rows to a tuned, measured, published and served model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Target = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file or name, or a run's folder.")]
+RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run's folder; runs/NAME by default.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key, as train.seed=1. Repeatable.")
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Put an existing run aside and start anew.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> None:
+    """Runs the command line; an error becomes one message and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except TuneshipError as error:
+        if "--debug" in sys.argv or os.environ.get("TUNESHIP_DEBUG"):
+            raise
+        say(f"error: {redact(str(error))}")
+        sys.exit(error.exit_code)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except Exception as error:
+        # click's own errors (a wrong option) carry how they want to be shown.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(2)
+        raise
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """One recipe, from rows to a tuned, measured, published and served model."""
+    if version:
+        print(tuneship.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    name: Annotated[str | None, typer.Argument(help="The shipped recipe to copy.")] = None,
+    target: Annotated[Path | None, typer.Argument(help="Where to; ./NAME.yaml by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the shipped recipes, or copy one to edit."""
+    from tuneship import recipe
+
+    shipped = recipe.shipped()
+    if name is None:
+        about = {key: path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ") for key, path in shipped.items()}
+        if as_json:
+            print(json.dumps(about))
+            return
+        width = max(map(len, about))
+        for key, line in about.items():
+            print(f"{key:{width}}  {line}")
+        _next("tuneship init tiny my.yaml, then tuneship validate my.yaml")
+        return
+    source = recipe.find(name)
+    target = target or Path(f"{source.stem}.yaml")
+    if target.exists():
+        raise InputError("the file exists", where=str(target), fix="name another")
+    shutil.copyfile(source, target)
+    say(f"copied {name} to {target}")
+    _next(f"tuneship validate {target}")
+
+
+@app.command()
+def validate(target: Target, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe and every row of its data, without loading a model."""
+    from tuneship import prepare
+
+    counts = prepare.validate(_recipe(target, overrides))
+    if as_json:
+        print(json.dumps(counts))
+        return
+    for line in prepare.summary(counts):
+        print(line)
+    print("the recipe and its data are good")
+    _next(f"tuneship run {target}")
+
+
+@app.command()
+def prepare(
+    target: Target, run: RunOption = None, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False
+) -> None:
+    """Check, split and tokenise the rows into the run's folder."""
+    from tuneship.prepare import prepare
+
+    with _opened(target, run, overrides, fresh) as opened:
+        result = prepare(opened)
+    _done(result, as_json, f"tuneship train {target}{_run_flag(run)}")
+
+
+@app.command()
+def train(
+    target: Target, run: RunOption = None, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False
+) -> None:
+    """Train the adapter, or go on where a stop left it."""
+    from dataclasses import asdict
+
+    from tuneship.prepare import prepare
+    from tuneship.train import train
+
+    with _opened(target, run, overrides, fresh) as opened:
+        prepare(opened)
+        result = train(opened)
+    say(f"adapter: {result.adapter} ({result.updates} updates, loss {result.loss:.3f})")
+    _done(asdict(result), as_json, f"tuneship evaluate {target}{_run_flag(run)}")
+
+
+@app.command()
+def evaluate(target: Target, run: RunOption = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Measure base and tuned on held-out rows; exit 4 if the gate says no."""
+    from tuneship.evaluate import evaluate
+
+    with _opened(target, run, overrides) as opened:
+        result = evaluate(opened)
+    _done(result, as_json, f"tuneship report {target}{_run_flag(run)}")
+    _check_gate(result, str(opened.evaluation_file))
+
+
+@app.command()
+def export(target: Target, run: RunOption = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Merge the adapter into bfloat16 safetensors, and prove that it is the same model."""
+    from tuneship.export import export
+
+    with _opened(target, run, overrides) as opened:
+        result = export(opened)
+    _done(result, as_json, f"tuneship serve {target}{_run_flag(run)}")
+
+
+@app.command()
+def publish(
+    target: Target,
+    run: RunOption = None,
+    overrides: Overrides = None,
+    update: Annotated[bool, typer.Option("--update", help="Replace what another run published there.")] = False,
+    force: Annotated[str, typer.Option("--force", metavar="REASON", help="Publish although the gate said no.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Send the adapter to a folder, a gs:// URI or the Hub, as the recipe says."""
+    from tuneship.publish import publish
+
+    with _opened(target, run, overrides) as opened:
+        result = publish(opened, update=update, force=force)
+    _done(result, as_json, f"tuneship serve {target}{_run_flag(run)}")
+
+
+@app.command()
+def report(target: Target, run: RunOption = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write the run as one HTML page."""
+    from tuneship.report import report
+
+    with _opened(target, run, overrides) as opened:
+        path = report(opened)
+    if as_json:
+        print(json.dumps({"report": str(path)}))
+    else:
+        print(path)
+
+
+@app.command("run")
+def run_flow(
+    target: Target,
+    run: RunOption = None,
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run all stages as one Metaflow run on this machine."""
+    from tuneship import recipe
+
+    resolved = _recipe(target, overrides)
+    if dry_run:
+        tree = resolved.model_dump(mode="json")
+        print(json.dumps(tree, indent=2) if as_json else recipe.dump(resolved), end="\n" if as_json else "")
+        return
+    from tuneship import launch
+
+    folder = _folder(target, run, resolved)
+    result = launch.run_flow(resolved, folder, fresh=fresh)
+    _done(result, as_json, f"tuneship serve {folder}, or open {folder}/report.html")
+    _check_gate(result, f"{folder}/evaluation.json")
+
+
+@contextmanager
+def _opened(target: str, run: Path | None, overrides: list[str] | None, fresh: bool = False) -> Iterator[Any]:
+    from tuneship.journal import open_run
+
+    recipe = _recipe(target, overrides)
+    with open_run(_folder(target, run, recipe), recipe, fresh=fresh) as opened:
+        yield opened
+
+
+def _recipe(target: str, overrides: list[str] | None) -> Any:
+    """The recipe of a file, a shipped name, or a run's folder."""
+    from tuneship import journal, recipe
+
+    if journal.is_run(Path(target)):
+        return recipe.load(Path(target) / "recipe.json", overrides=overrides or ())
+    for name, key in recipe.ENVIRONMENT.items():
+        if name in os.environ:
+            say(f"{key} is set by the environment: {name}={os.environ[name]}")
+    return recipe.load(target, overrides=overrides or (), environ=os.environ)
+
+
+def _folder(target: str, run: Path | None, recipe: Any) -> Path:
+    from tuneship import journal
+
+    if journal.is_run(Path(target)):
+        return run or Path(target)
+    return run or Path("runs") / recipe.name
+
+
+def _run_flag(run: Path | None) -> str:
+    return f" --run {run}" if run else ""
+
+
+def _done(result: Any, as_json: bool, then: str) -> None:
+    if as_json:
+        print(json.dumps(result))
+    _next(then)
+
+
+def _check_gate(evaluation: dict[str, Any], where: str) -> None:
+    if not evaluation["gate"]["passed"]:
+        raise GateError(
+            "the gate said no: " + "; ".join(evaluation["gate"]["reasons"]),
+            where=where,
+            fix="train longer or on more rows, or lower evaluate.gate",
+        )
+
+
+def _next(then: str) -> None:
+    say(f"next: {then}")
+
+
+if __name__ == "__main__":
+    main()

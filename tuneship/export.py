@@ -1,0 +1,199 @@
+"""export: the adapter merged into the base, as bfloat16 safetensors, with a proof that it is the same model.
+
+Merging streams: one shard of the base at a time, each target W + (alpha / r)·B·A in float32, then
+rounded once to bfloat16. A model of 9 billion parameters needs the memory of one shard.
+
+The proof (merged/proof.json) runs base + adapter and the merged model on held-out prompts and
+compares what they would say: at every position of the tuned model's own greedy answer, the
+merged model's choice is the same token, or one whose logit differs by less than bfloat16 can tell.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tuneship import base, prompt
+from tuneship import model as models
+from tuneship.base import BaseFiles
+from tuneship.console import progress, say
+from tuneship.data import heldout
+from tuneship.errors import InputError, OutsideError, TuneshipError
+from tuneship.generation import Generator, Request, complete
+from tuneship.journal import Run, read_json, write_json
+from tuneship.kernels.attention import Documents
+from tuneship.prompt import Prompt
+
+PROOF_PROMPTS = 20
+PROOF_TOKENS = 48
+# Rounding weights to bfloat16 (8 bits of mantissa) moves logits by about this share of their spread.
+TOLERANCE = 0.05
+
+
+def export(run: Run) -> dict[str, Any]:
+    """Writes the run's merged/ folder and proves it; returns the proof.
+
+    Raises:
+        InputError: there is no adapter.
+        OutsideError: the disk is too small.
+        TuneshipError: the merged model says something else.
+    """
+    if not (run.adapter / models.WEIGHTS).exists():
+        raise InputError("the run has no adapter yet", where=str(run.path), fix="tuneship train RECIPE")
+    if (run.merged / "proof.json").exists():
+        say(f"already exported: {run.merged}")
+        proof: dict[str, Any] = read_json(run.merged / "proof.json")
+        return proof
+    files = base.resolve(run.recipe.model)
+    _check_room(run.path, files)
+    partial = run.path / ".merged.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    merge(files, run.adapter, partial)
+    proof = _prove(run, files, partial)
+    write_json(partial / "proof.json", proof)
+    shutil.rmtree(run.merged, ignore_errors=True)
+    partial.rename(run.merged)
+    say(
+        f"merged model in {run.merged}: the same on {proof['prompts']} prompts "
+        f"({proof['positions']} positions, {proof['ties']} ties within {proof['tolerance']:.2g})"
+    )
+    return proof
+
+
+def merge(files: BaseFiles, adapter: Path, target: Path) -> None:
+    """Writes base + adapter as one model into a folder.
+
+    Raises:
+        InputError: the adapter has a target that the base has not.
+    """
+    target.mkdir(parents=True)
+    config = read_json(adapter / models.CONFIG)
+    scale = config["lora_alpha"] / config["r"]
+    weights = load_file(adapter / models.WEIGHTS)
+    pairs = {_base_name(n): (t, weights[n.replace("lora_A", "lora_B")]) for n, t in weights.items() if "lora_A" in n}
+    merged = 0
+    shards = files.weight_files()
+    with progress("shards merged", len(shards)) as shown:
+        for shard in shards:
+            tensors: dict[str, Tensor] = {}
+            with safe_open(shard, framework="pt") as source:
+                for name in source.keys():  # noqa: SIM118 - not a dict
+                    tensor = source.get_tensor(name)
+                    if name in pairs:
+                        a, b = pairs[name]
+                        tensor = tensor.float() + scale * (b.float() @ a.float())
+                        merged += 1
+                    tensors[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+            save_file(tensors, target / shard.name, metadata={"format": "pt"})
+            shown.advance()
+    if merged != len(pairs):
+        raise InputError(f"{len(pairs) - merged} of the adapter's targets are not in the base", where=str(files.folder))
+    _write_index(files, target)
+    _copy_rest(files, adapter, target)
+
+
+def _base_name(name: str) -> str:
+    """The base's weight that an adapter's lora_A belongs to."""
+    return name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+
+
+def _write_index(files: BaseFiles, target: Path) -> None:
+    index = files.folder / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        content["metadata"] = {"total_size": sum(file.stat().st_size for file in target.glob("*.safetensors"))}
+        (target / index.name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def _copy_rest(files: BaseFiles, adapter: Path, target: Path) -> None:
+    config = {**files.config, "dtype": "bfloat16"}
+    config.pop("torch_dtype", None)
+    write_json(target / "config.json", config)
+    for source in (files.folder, adapter):
+        for file in source.iterdir():
+            if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
+                shutil.copyfile(file, target / file.name)
+    for name in (prompt.FILE, "tuneship.json"):
+        shutil.copyfile(adapter / name, target / name)
+
+
+def _check_room(folder: Path, files: BaseFiles) -> None:
+    needed = sum(file.stat().st_size for file in files.weight_files())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutsideError(
+            f"the merged model needs up to {needed} bytes, {free} are free", where=str(folder), fix="free some room"
+        )
+
+
+def _prove(run: Run, files: BaseFiles, merged: Path) -> dict[str, Any]:
+    """Compares base + adapter with the merged model on the tuned model's own greedy answers."""
+    contract = prompt.read(run.adapter)
+    tuned = models.load(files, run.recipe.model.precision)
+    models.load_adapter(tuned, run.adapter)
+    prompts = _prompts(run, contract, tuned)
+    length = max(map(len, prompts)) + PROOF_TOKENS
+    generator = Generator(tuned, slots=len(prompts), length=length)
+    answers = dict(complete(generator, [Request(ids, PROOF_TOKENS) for ids in prompts]))
+    texts = [ids + answers[index].tokens for index, ids in enumerate(prompts)]
+    starts = [len(ids) for ids in prompts]
+
+    expected = _logits(tuned, texts, starts)
+    del tuned, generator
+    actual = _logits(models.load(BaseFiles(str(merged), merged, "local"), run.recipe.model.precision), texts, starts)
+
+    spread = float(expected.std(dim=-1).mean())
+    tolerance = TOLERANCE * spread
+    chosen, other = expected.argmax(-1), actual.argmax(-1)
+    differing = (chosen != other).nonzero()[:, 0]
+    # How much better the tuned model likes its own choice than the merged model's: a tie, or another model?
+    margins = [float(expected[i, chosen[i]] - expected[i, other[i]]) for i in differing.tolist()]
+    proof = {
+        "prompts": len(prompts),
+        "positions": len(chosen),
+        "same": len(chosen) - len(margins),
+        "ties": len(margins),
+        "largest_tie": max(margins, default=0.0),
+        "largest_difference": float((expected - actual).abs().max()),
+        "logit_spread": spread,
+        "tolerance": tolerance,
+    }
+    if max(margins, default=0.0) > tolerance:
+        raise TuneshipError(
+            f"the merged model says something else: a token whose logit is {max(margins):.3g} lower "
+            f"(tolerance {tolerance:.3g})",
+            where=str(merged),
+            fix="publish and serve the adapter instead (publish.merged: false)",
+        )
+    return proof
+
+
+def _prompts(run: Run, contract: Prompt, model: models.LoadedModel) -> list[list[int]]:
+    rows = heldout.read(run.data / "test.jsonl", PROOF_PROMPTS) or heldout.read(
+        run.data / "examples.jsonl", PROOF_PROMPTS
+    )
+    return prompt.encode(model.tokenizer, [contract.render(row.fields) for row in rows], start=True)
+
+
+@torch.inference_mode()
+def _logits(model: models.LoadedModel, texts: list[list[int]], starts: list[int]) -> Tensor:
+    """(positions, vocabulary): the logits at every token of every answer."""
+    bounds = [0]
+    for ids in texts:
+        bounds.append(bounds[-1] + len(ids))
+    flat = torch.tensor([token for ids in texts for token in ids], device=model.device)
+    positions = torch.cat([torch.arange(len(ids)) for ids in texts]).to(model.device)
+    states = model.states(flat, positions, Documents(bounds))
+    answered = [
+        index
+        for at, ids, start in zip(bounds, texts, starts, strict=False)
+        for index in range(at + start - 1, at + len(ids))
+    ]
+    return model.logits(states[torch.tensor(answered, device=states.device)]).cpu()

@@ -1,0 +1,76 @@
+"""Starts the flow on this machine, and tells its outcome as our errors and exit codes.
+
+The flow runs in processes of its own, started by Metaflow's runtime: the same code path as in a
+pod. A SIGTERM or ctrl-C here goes to the step that runs, which saves and ends; the same command
+then goes on.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tuneship import journal
+from tuneship.errors import GateError, InputError, OutsideError, Stopped, TuneshipError
+from tuneship.recipe import Recipe
+
+_BY_CODE = {kind.exit_code: kind for kind in (InputError, OutsideError, GateError, Stopped)}
+
+
+def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
+    """Runs start to end as one Metaflow run; returns the evaluation, without its answers.
+
+    Raises:
+        TuneshipError: the error that ended a step, of its own kind.
+    """
+    # Refused here, in one line, before any process is started.
+    with journal.open_run(folder, recipe, fresh=fresh):
+        # This machine runs the steps, whatever image the recipe names for the cluster.
+        tree = recipe.model_dump(mode="json")
+        tree["cluster"]["image"] = None
+        config = folder / "flow.json"
+        journal.write_json(config, {"recipe": tree, "run": str(folder)})
+    with tempfile.TemporaryDirectory() as scratch:
+        error_file = Path(scratch) / "error.json"
+        code = _run(["--config", "config", str(config), "run"], error_file)
+        if error_file.exists():
+            error = journal.read_json(error_file)
+            kind = _BY_CODE.get(error["exit_code"], TuneshipError)
+            raise kind(error["what"], where=error["where"], fix=error["fix"])
+        if code != 0:
+            raise TuneshipError("the flow failed; its own lines above say why", where=str(folder))
+    evaluation: dict[str, Any] = journal.read_json(folder / "evaluation.json")
+    del evaluation["rows"]
+    return evaluation
+
+
+def _run(arguments: list[str], error_file: Path) -> int:
+    flow = Path(__file__).with_name("flow.py")
+    environment = {
+        **os.environ,
+        "TUNESHIP_ERROR_FILE": str(error_file),
+        "METAFLOW_USER": os.environ.get("METAFLOW_USER") or getpass.getuser(),
+        "PYTHONUNBUFFERED": "1",
+    }
+    # A group of its own: a ctrl-C in the terminal reaches this process only, which passes it on.
+    process = subprocess.Popen([sys.executable, str(flow), *arguments], env=environment, process_group=0)
+
+    def stop(*_: object) -> None:
+        # To the steps, not to Metaflow's runtime: it would go first and take their output pipes with it.
+        for worker in psutil.Process(process.pid).children(recursive=True):
+            worker.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,18 @@
+"""serve: a tuned model behind an HTTP gateway that refuses what it cannot answer well.
+
+    server.py    `serve`: what is started, in which order, and how it ends
+    gateway.py   the ASGI program: routes, admission, deadlines, answers
+    bodies.py    request bodies, checked
+    shapes.py    response bodies, frames and errors, in OpenAI's shapes
+    limits.py    the bounds, the places, and reading a body within them
+    keys.py      API keys from a mounted file
+    wire.py      deadlines on the connection itself
+    metrics.py   Prometheus names
+    engine.py    what the gateway asks of an engine
+    local.py     the engine in this process (the only file here that imports torch)
+    upstream.py  an OpenAI-compatible engine by URL (vLLM)
+    adapter.py   what is served: an adapter's folder, its contract, its tokenizer
+    client.py    `ask`
+
+Importing this package loads none of them.
+"""
