@@ -34,10 +34,10 @@ T = TypeVar("T")
 Value = int | float | str | bytes | None
 
 SEEDS = (0, 1, 2)
-_ROWS = 40
-# How often each of a column's repeated values stands in its 40 rows: all different, so that
+_ROWS = 60
+# How often each of a column's repeated values stands in its 60 rows: all different, so that
 # "the most frequent" is one value and a HAVING threshold parts the groups.
-_SHARES = (13, 9, 7, 5, 4, 2)
+_SHARES = (22, 14, 10, 7, 5, 2)
 _HEAP_BYTES = 256 * 2**20
 _ALLOWED = {
     sqlite3.SQLITE_SELECT,
@@ -346,11 +346,15 @@ def _is_key(column: str) -> bool:
 def _own_key(table: str, schema: dict[str, list[tuple[str, str]]]) -> str | None:
     """The key column whose values differ from row to row; the table's other keys refer to others.
 
-    `officer_id` belongs to `police_officers`, by its name, and not to `fines`; `id` belongs to its
+    `officer_id` belongs to `police_officers`, or to `officer_ranks`, by its name, and not to `fines`; `id` belongs to its
     table; and so does a first key that no other table claims.
     """
     keys = {name: [column for column, _ in columns if _is_key(column)] for name, columns in schema.items()}
     claims = {(name, column) for name, some in keys.items() for column in some if _names(name, column)}
+    for column in {column for some in keys.values() for column in some} - {column for _, column in claims}:
+        stem = re.sub(r"_(id|code)$", "", column.lower())
+        holders = [name for name, some in keys.items() if column in some and stem in name.lower()]
+        claims |= {(name, column) for name in holders[:1]}
     if mine := [column for column in keys[table] if (table, column) in claims]:
         return mine[0]
     if plain := [column for column in keys[table] if column.lower() in ("id", "code", "number")]:
@@ -368,11 +372,11 @@ def _names(table: str, column: str) -> bool:
 def _column(
     name: str, kind: str, hint: _Hints, key: bool, owner: bool, rng: random.Random
 ) -> Sequence[int | float | str | None]:
-    """The 40 values of one column."""
+    """The values of one column."""
     numeric = "INT" in kind or any(word in kind for word in ("REAL", "FLOA", "DOUB", "DEC", "NUM"))
     values: list[int | float | str | None]
     if key and not hint.literals:
-        plain: list[int] = list(range(1, _ROWS + 1)) if owner else _shared(list(range(1, 9)), rng)
+        plain: list[int] = list(range(1, _ROWS + 1)) if owner else _shared(list(range(1, 15)), rng)
         if owner:
             rng.shuffle(plain)
         values = list(plain) if numeric else [f"K{value:02d}" for value in plain]
@@ -399,7 +403,7 @@ def _nullable(values: Iterable[int | float | str]) -> list[int | float | str | N
 
 
 def _shared(pool: Sequence[T], rng: random.Random) -> list[T]:
-    """40 values out of a few, each another number of times."""
+    """A column of few values, each another number of times."""
     pool = list(pool)
     rng.shuffle(pool)
     shares = list(_SHARES)
@@ -446,7 +450,7 @@ def _around(literals: Sequence[str], *, numeric: bool, integer: bool) -> list[in
 def _fresh(
     name: str, kind: str, numeric: bool, special: Sequence[int | float | str], rng: random.Random
 ) -> list[int | float | str]:
-    """40 further values of a column's kind, all different."""
+    """Further values of a column's kind, all different."""
     if numeric:
         anchors = [float(value) for value in special if isinstance(value, int | float)]
         if anchors:

@@ -85,7 +85,7 @@ class LoadedModel:
     def adapter_tensors(self) -> dict[str, Tensor]:
         """The adapter's weights by PEFT's names, on the CPU."""
         assert self.peft is not None
-        return {name: t.detach().cpu().contiguous() for name, t in get_peft_model_state_dict(self.peft).items()}
+        return {name: t.detach().cpu().contiguous() for name, t in _tensors(self.peft).items()}
 
 
 def pick_device() -> torch.device:
@@ -211,11 +211,17 @@ def add_lora(model: LoadedModel, lora: Lora, *, seed: int) -> None:
         revision=None if model.files.revision == "local" else model.files.revision,
     )
     torch.manual_seed(seed)
-    model.peft = get_peft_model(model.causal, config)
-    assert model.peft is not None
-    lora_kernel.fuse(model.causal)
+    _attach(model, config)
     # get_peft_model writes the base's local folder here; the adapter names the base as the recipe does.
-    model.peft.peft_config["default"].base_model_name_or_path = model.files.name
+    config.base_model_name_or_path = model.files.name
+
+
+def _attach(model: LoadedModel, config: LoraConfig) -> None:
+    with warnings.catch_warnings():
+        # PEFT warns of the base's name, which we restore, and calls transformers by a name that is to go.
+        warnings.simplefilter("ignore")
+        model.peft = get_peft_model(model.causal, config)
+    lora_kernel.fuse(model.causal)
 
 
 def trainable(model: LoadedModel) -> dict[str, nn.Parameter]:
@@ -231,14 +237,10 @@ def load_adapter(model: LoadedModel, folder: Path) -> None:
     """
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise InputError("no adapter here", where=str(folder), fix="run tuneship train first")
-    with warnings.catch_warnings():
-        # PEFT looks for the base on the Hub to see whether its vocabulary grew; ours never does.
-        warnings.simplefilter("ignore")
-        config = LoraConfig.from_pretrained(str(folder))
-        config.inference_mode = True
-        model.peft = get_peft_model(model.causal, config)
-        set_adapter_tensors(model, load_file(folder / WEIGHTS))
-    lora_kernel.fuse(model.causal)
+    config = LoraConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    _attach(model, config)
+    set_adapter_tensors(model, load_file(folder / WEIGHTS))
     model.causal.eval()
 
 
@@ -249,7 +251,7 @@ def set_adapter_tensors(model: LoadedModel, tensors: dict[str, Tensor]) -> None:
         InputError: the tensors are not those of this base and adapter.
     """
     assert model.peft is not None
-    expected = {name: t.shape for name, t in get_peft_model_state_dict(model.peft).items()}
+    expected = {name: t.shape for name, t in _tensors(model.peft).items()}
     given = {name: t.shape for name, t in tensors.items()}
     if expected != given:
         wrong = sorted(set(expected.items()) ^ set(given.items()))[0]
@@ -257,6 +259,12 @@ def set_adapter_tensors(model: LoadedModel, tensors: dict[str, Tensor]) -> None:
             f"the adapter is one of another base or shape: {wrong[0]} {tuple(wrong[1])}", where=model.files.name
         )
     set_peft_model_state_dict(model.peft, tensors)
+
+
+def _tensors(peft: PeftModel) -> dict[str, Tensor]:
+    # Without embeddings: PEFT would look for the base on the Hub to see whether its vocabulary grew; ours never does.
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(peft, save_embedding_layers=False)
+    return tensors
 
 
 def write_adapter(model: LoadedModel, folder: Path) -> None:

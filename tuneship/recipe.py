@@ -260,7 +260,13 @@ class Serve(_Section):
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
     """Longest answer of a request that does not say max_tokens."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 16
-    """Requests generated together."""
+    """Requests generated together; with an engine elsewhere, requests that it is given at a time."""
+    max_model_len: Annotated[int, Field(ge=16)] = 2048
+    """Longest prompt and answer together, in tokens; at most what the model was made for."""
+    max_waiting: Annotated[int, Field(ge=0)] = 64
+    """Requests that may wait for their turn; one more is answered 429."""
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+    """Seconds in which an answer must be complete, its wait included."""
 
 
 class Cluster(_Section):

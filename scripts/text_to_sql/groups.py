@@ -28,7 +28,7 @@ def group(asking: Asking) -> Draft:
     """An aggregate for each value."""
     table = asking.table()
     g = asking.groupable(table)
-    condition = asking.maybe(table, 0.25, {g.name})
+    condition = asking.maybe(table, 0.15, {g.name})
     slots = group_slots(asking, table, g, condition)
     some = f"{table.many} {slots.get('mods', '')}".strip()
     counts = asking.rng.random() < 0.5
@@ -116,7 +116,7 @@ def distinct(asking: Asking) -> Draft:
     """Each value once, or the number of values."""
     table = asking.table()
     g = asking.groupable(table)
-    condition = asking.maybe(table, 0.45, {g.name})
+    condition = asking.maybe(table, 0.3, {g.name})
     slots = group_slots(asking, table, g, condition)
     counts = asking.rng.random() < 0.3
     bank = "distinct_count" if counts else "distinct"

@@ -110,9 +110,9 @@ def join2(asking: Asking) -> Draft:
     draw = asking.rng.random()
     if draw < 0.5:
         return _by_parent(asking)
-    if draw < 0.78:
+    if draw < 0.82:
         return _pair(asking)
-    return _owner(asking) if draw < 0.89 else _by_parent_group(asking)
+    return _owner(asking) if draw < 0.9 else _by_parent_group(asking)
 
 
 def _by_parent(asking: Asking) -> Draft:
@@ -125,7 +125,7 @@ def _by_parent(asking: Asking) -> Draft:
     where, phrase = condition.sql(f"{parent.name}."), condition.phrase
     fixed: set[str] = set()
     used: set[str] = set()
-    if rng.random() < 0.25:
+    if rng.random() < 0.12:
         own = filters.plain(child)
         fixed, used = own.fixed, {own.column}
         phrase = combined(rng, [own.phrase, phrase], "and")
@@ -154,7 +154,7 @@ def _pair(asking: Asking) -> Draft:
     chosen = asking.columns(child, rng.choice((1, 1, 2)))
     others = asking.columns(parent, rng.choice((1, 1, 1, 2)))
     where, phrase = "", None
-    if rng.random() < 0.4:
+    if rng.random() < 0.25:
         condition = asking.filters.plain(child, {c.name for c in chosen})
         where, phrase = f" WHERE {condition.sql(f'{child.name}.')}", condition.phrase
     names = asking.names(child, chosen)

@@ -17,7 +17,7 @@ def order(asking: Asking) -> Draft:
     table, rng = asking.table(), asking.rng
     kinds = ("name", "text", *NUMBERS, *NUMBERS, *TIMES)
     key = asking.filters.column(table, *kinds, whole=True)
-    condition = asking.maybe(table, 0.4, {key.name})
+    condition = asking.maybe(table, 0.25, {key.name})
     descending = rng.random() < (0.25 if key.type == "VARCHAR" else 0.6)
     chosen = asking.columns(table, without=condition.fixed if condition else set())
     slots = asking.slots(table, chosen, condition)
@@ -99,7 +99,7 @@ def limit(asking: Asking) -> Draft:
     if rng.random() < 0.2:
         return _most_frequent(asking, table)
     number = rng.choice((1, 1, 2, 3, 3, 4, 5))
-    condition = asking.maybe(table, 0.35)
+    condition = asking.maybe(table, 0.2)
     ranked = top(asking, table, number, condition)
     chosen = asking.columns(table, without=condition.fixed if condition else set())
     slots = asking.slots(table, chosen, condition) | ranked.slots
@@ -112,7 +112,7 @@ def limit(asking: Asking) -> Draft:
 def _most_frequent(asking: Asking, table: Table) -> Draft:
     """The value that most, or fewest, rows have."""
     g = asking.groupable(table)
-    condition = asking.maybe(table, 0.25, {g.name})
+    condition = asking.maybe(table, 0.15, {g.name})
     if condition and condition.fixed:
         raise NoWay  # too few rows would be left to tell groups apart
     slots = group_slots(asking, table, g, condition)

@@ -128,7 +128,7 @@ def aggregate(asking: Asking) -> Draft:
     """The lowest, highest, average, total; or two of them."""
     table, rng = asking.table(), asking.rng
     sql, words, column = asking.aggregate(table)
-    two = column.kind in NUMBERS and rng.random() < 0.25
+    two = column.kind in NUMBERS and rng.random() < 0.15
     if two:
         said = asking.speaker.slots(table, column)
         terms = {"MIN": (said["low"], "minimum"), "MAX": (said["high"], "maximum")}
@@ -137,7 +137,7 @@ def aggregate(asking: Asking) -> Draft:
         heads = [terms[f][plain] if f in terms else "average" for f in pair]
         words = f"{heads[0]} and {heads[1]} {said['p']}"
         sql = ", ".join(f"{f}({column.name})" for f in pair)
-    condition = asking.maybe(table, 0.6, {column.name})
+    condition = asking.maybe(table, 0.45, {column.name})
     slots = asking.slots(table, (), condition) | {"agg": words, "is_agg": "are" if two else "is"}
     question = asking.ask("aggregate", slots, filtered=condition is not None)
     return Draft(question, f"SELECT {sql} FROM {table.name}{where(condition)}", (table.name,))

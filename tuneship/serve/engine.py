@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,6 +50,11 @@ class Usage:
 
 class Engine(Protocol):
     """An engine. All of it is called on the event loop."""
+
+    failed: asyncio.Event
+    """Set when it is gone for good."""
+    failure: BaseException | None
+    """Why."""
 
     @property
     def ready(self) -> bool:

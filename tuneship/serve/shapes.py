@@ -67,6 +67,14 @@ def models(names: Sequence[str], lengths: Sequence[int | None], created: int) ->
 class Shape(Protocol):
     """How one kind of request is answered."""
 
+    def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> bytes:
+        """The answer that is not streamed."""
+        ...
+
+
+class Streamed(Shape, Protocol):
+    """How one kind of request is answered piece by piece, too."""
+
     def opening(self, choices: int) -> bytes:
         """Frames before the first piece."""
         ...
@@ -77,10 +85,6 @@ class Shape(Protocol):
 
     def closing(self, usage: Usage | None) -> bytes:
         """Frames after the last piece."""
-        ...
-
-    def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> bytes:
-        """The answer that is not streamed."""
         ...
 
 
@@ -97,18 +101,18 @@ class Completion:
         self._before = _before(self._head) + '{"index":'
 
     def opening(self, choices: int) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         return b""
 
     def frame(self, piece: Piece) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         finish = "null" if piece.finish is None else quoted(piece.finish)
         return (
             f'{self._before}{piece.index},"text":{quoted(piece.text)},"logprobs":null,"finish_reason":{finish}}}]}}\n\n'
         ).encode()
 
     def closing(self, usage: Usage | None) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         return _usage_frame(self._head, usage) + DONE
 
     def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> bytes:
@@ -131,14 +135,14 @@ class Chat:
         self._begun: set[int] = set()
 
     def opening(self, choices: int) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         return "".join(
             f'{self._before}{index},"delta":{{"role":"assistant","content":""}},"logprobs":null,"finish_reason":null}}]}}\n\n'
             for index in range(choices)
         ).encode()
 
     def frame(self, piece: Piece) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         text = _after_blanks(piece, self._begun)
         finish = "null" if piece.finish is None else quoted(piece.finish)
         delta = f'{{"content":{quoted(text)}}}' if text else "{}"
@@ -147,7 +151,7 @@ class Chat:
         return f'{self._before}{piece.index},"delta":{delta},"logprobs":null,"finish_reason":{finish}}}]}}\n\n'.encode()
 
     def closing(self, usage: Usage | None) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         return _usage_frame(self._chunk, usage) + DONE
 
     def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> bytes:
@@ -171,16 +175,16 @@ class Ask:
         self._begun: set[int] = set()
 
     def opening(self, choices: int) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         return b""
 
     def frame(self, piece: Piece) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         text = _after_blanks(piece, self._begun)
         return f'data: {{"text":{quoted(text)}}}\n\n'.encode() if text else b""
 
     def closing(self, usage: Usage | None) -> bytes:
-        """See `Shape`."""
+        """See `Streamed`."""
         return DONE
 
     def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> bytes:
@@ -189,7 +193,7 @@ class Ask:
 
 
 class Generate:
-    """POST /generate, as the tutorial's curl expects it. It does not stream.
+    """POST /generate, as the tutorial's curl expects it; never streamed.
 
     Args:
         prompt: the text that was sent; it is part of the answer.
@@ -197,18 +201,6 @@ class Generate:
 
     def __init__(self, prompt: str) -> None:
         self._prompt = prompt
-
-    def opening(self, choices: int) -> bytes:
-        """See `Shape`."""
-        raise NotImplementedError
-
-    def frame(self, piece: Piece) -> bytes:
-        """See `Shape`."""
-        raise NotImplementedError
-
-    def closing(self, usage: Usage | None) -> bytes:
-        """See `Shape`."""
-        raise NotImplementedError
 
     def whole(self, texts: Sequence[str], finishes: Sequence[str], usage: Usage) -> bytes:
         """See `Shape`."""

@@ -1,0 +1,259 @@
+"""serve: what is started, in which order, and how it ends.
+
+Everything that can be wrong is looked at first (folder, contract, tokenizer, base, keys, port), so
+that it is told in one line. Then the port answers: 503 until the model is loaded. SIGTERM or ctrl-C
+drains: /health and new requests get 503, running ones have `drain_s` to end, then the process
+ends with 0; a second signal ends it at once. If the engine dies, the process ends with its error.
+
+On Kubernetes: startup and readiness probe `/health`, liveness probe `/health?live`, and a
+terminationGracePeriodSeconds of more than preStop + drain_s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import resource
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from tuneship.console import say
+from tuneship.errors import InputError, OutsideError, TuneshipError
+from tuneship.recipe import Serve
+from tuneship.serve import adapter as adapters
+from tuneship.serve.adapter import Adapter, Contract
+from tuneship.serve.engine import Engine
+from tuneship.serve.gateway import Gateway
+from tuneship.serve.keys import KeyFile
+from tuneship.serve.limits import Limits
+from tuneship.serve.wire import protocol, tire
+
+# Longer than Google's load balancers keep an idle connection (600 s), so that it is they who close it.
+_KEEP_ALIVE_S = 620
+_BACKLOG = 2048
+
+
+def serve(
+    folders: Sequence[Path],
+    *,
+    settings: Serve | None = None,
+    base: str | None = None,
+    engine_url: str | None = None,
+    engine_key_file: Path | None = None,
+    api_key_file: Path | None = None,
+    no_auth: bool = False,
+    drain_s: float = 30.0,
+) -> None:
+    """Answers until a signal comes.
+
+    Args:
+        folders: a run, an adapter or a merged model; with `engine_url` any number, whose contracts and
+            names are those of the engine's models.
+        settings: the recipe's serve section; the run's own by default.
+        base: where the base is now, if elsewhere than when the adapter was trained.
+        engine_url: an OpenAI-compatible engine, instead of the one in this process.
+        engine_key_file: a file with the key that this engine asks for.
+        api_key_file: the keys that clients may show.
+        no_auth: answer without keys on an address that others can reach.
+        drain_s: seconds that running requests have after a signal.
+
+    Raises:
+        InputError: folder, settings or keys are wrong, or base, adapter and tokenizer do not belong together.
+        OutsideError: the port is taken, a key file or the base is missing.
+        TuneshipError: the engine died.
+    """
+    found = [adapters.find(folder) for folder in folders]
+    settings = settings or (found[0].settings if found else Serve())
+    keys = _keys(api_key_file, no_auth, settings.host)
+    contracts = {one.name: Contract(one.folder) for one in found}
+    if len(contracts) < len(found):
+        raise InputError("two of the folders have one name", where=", ".join(map(str, folders)))
+    listening = listen(settings.host, settings.port)
+    with listening:
+        limits = Limits(
+            running=settings.max_num_seqs, waiting=settings.max_waiting, request_s=settings.timeout_s, drain_s=drain_s
+        )
+        engine = _engine(found, settings, base, engine_url, engine_key_file)
+        gateway = Gateway(
+            engine,
+            contracts,
+            limits=limits,
+            max_new_tokens=settings.max_new_tokens,
+            keys=keys,
+            local_only=keys is None and not no_auth,
+        )
+        say(f"{', '.join(contracts) or engine_url} at {address(listening)} (ctrl-C ends it)")
+        Server(gateway, engine, listening, limits).run()
+
+
+def _engine(
+    found: Sequence[Adapter], settings: Serve, base: str | None, url: str | None, key_file: Path | None
+) -> Engine:
+    if url is not None:
+        if not url.startswith(("http://", "https://")):
+            raise InputError("an engine's URL begins with http:// or https://", where=f"--engine {url}")
+        if base is not None:
+            raise InputError("--base has no effect with an engine elsewhere", where=f"--base {base}", fix="remove it")
+        from tuneship.serve.upstream import Upstream
+
+        return Upstream(url, [one.name for one in found], KeyFile(key_file) if key_file is not None else None)
+    if key_file is not None:
+        raise InputError("an engine's key has no effect without its URL", where=str(key_file), fix="remove it")
+    if len(found) != 1:
+        raise InputError(
+            f"the engine here serves one folder, not {len(found)}", fix="name one, or an engine that has them with --engine"
+        )
+    files = adapters.base_of(found[0], base)
+    from tuneship.serve.local import LocalEngine
+
+    return LocalEngine(found[0], files, slots=settings.max_num_seqs, length=settings.max_model_len)
+
+
+def _keys(file: Path | None, no_auth: bool, host: str) -> KeyFile | None:
+    if file is not None:
+        if no_auth:
+            raise InputError("--no-auth and a file of API keys exclude each other", where=str(file), fix="remove one")
+        return KeyFile(file)
+    if not no_auth and not _is_loopback(host):
+        raise InputError(
+            "without API keys only this machine may ask",
+            where=f"serve.host: {host}",
+            fix="name a file of keys with --api-key-file, serve on 127.0.0.1, or say --no-auth",
+        )
+    return None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; nobody is answered yet.
+
+    Raises:
+        OutsideError: the port is taken or not ours to take.
+        InputError: no such address here.
+    """
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise InputError(f"no such address: {error.strerror}", where=f"serve.host: {host}") from error
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(place)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError("this machine has no such address", where=f"serve.host: {host}") from error
+        what = "the port is taken" if error.errno == errno.EADDRINUSE else f"the port cannot be used: {error.strerror}"
+        raise OutsideError(what, where=f"{host}:{port}", fix="choose another with --port; 0 takes a free one") from error
+    return listening
+
+
+def address(listening: socket.socket) -> str:
+    """The URL of a socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server:
+    """A gateway on a socket. From now on connections are taken; they are answered once it runs."""
+
+    def __init__(self, gateway: Gateway, engine: Engine, listening: socket.socket, limits: Limits) -> None:
+        self._gateway, self._engine, self._listening, self._limits = gateway, engine, listening, limits
+        tire(listening, limits.stall_s)
+        listening.listen(_BACKLOG)
+        config = uvicorn.Config(
+            gateway,
+            http=protocol(head_s=limits.head_s, stall_s=limits.stall_s, most=_most_connections()),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=1,
+        )
+        self._uvicorn = _Uvicorn(config, self.stop)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._draining: asyncio.Task[None] | None = None
+
+    def run(self) -> None:
+        """Answers until `stop`, a signal, or the engine's end.
+
+        Raises:
+            TuneshipError: the engine could not be loaded, or died.
+        """
+        with asyncio.Runner(loop_factory=self._uvicorn.config.get_loop_factory()) as runner:
+            runner.run(self._run())
+
+    async def _run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._engine.start()
+        watching = asyncio.create_task(self._watch())
+        try:
+            await self._uvicorn.serve(sockets=[self._listening])
+        finally:
+            watching.cancel()
+            await self._engine.close()
+        failure = self._engine.failure
+        if isinstance(failure, TuneshipError):
+            raise failure
+        if failure is not None:
+            raise TuneshipError(f"the engine died: {type(failure).__name__}: {failure}") from failure
+
+    async def _watch(self) -> None:
+        await self._engine.failed.wait()
+        self._drain(0.0)
+
+    def stop(self) -> None:
+        """Begins to drain; from any thread or signal handler. The second time it does not wait."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._drain, self._limits.drain_s)
+
+    def _drain(self, seconds: float) -> None:
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drained(seconds))
+        else:
+            self._uvicorn.should_exit = self._uvicorn.force_exit = True
+
+    async def _drained(self, seconds: float) -> None:
+        await self._gateway.drain(seconds)
+        self._uvicorn.should_exit = True
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn, whose way to end we choose: it would stop listening first, and so refuse instead of say 503."""
+
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._stop = stop
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """See `uvicorn.Server`."""
+        self._stop()
+
+
+def _most_connections() -> int:
+    """What the limit of open files leaves room for, raised as far as it may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    # A request by URL takes a second one, to the engine.
+    return (max(soft, wanted) - 128) // 2
+
+
