@@ -37,19 +37,34 @@ def hub_token(environ: Mapping[str, str] = os.environ) -> str | None:
     Raises:
         OutsideError: HF_TOKEN_FILE names a file that cannot be read or is empty.
     """
-    if path := environ.get("HF_TOKEN_FILE"):
+    return _named("HF_TOKEN", environ)
+
+
+def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The key that `tuneship ask` shows to a server, from TUNESHIP_API_KEY_FILE or TUNESHIP_API_KEY, or None.
+
+    Raises:
+        OutsideError: TUNESHIP_API_KEY_FILE names a file that cannot be read or is empty.
+    """
+    key = _named("TUNESHIP_API_KEY", environ)
+    # The file may be the server's, with a key on each line.
+    return key.splitlines()[0].strip() if key else None
+
+
+def _named(name: str, environ: Mapping[str, str]) -> str | None:
+    if path := environ.get(f"{name}_FILE"):
         try:
             token = Path(path).read_text(encoding="utf-8").strip()
         except OSError as error:
             raise OutsideError(
                 f"the token file cannot be read: {error.strerror}",
-                where=f"HF_TOKEN_FILE={path}",
-                fix="mount the secret there, or unset HF_TOKEN_FILE",
+                where=f"{name}_FILE={path}",
+                fix=f"mount the secret there, or unset {name}_FILE",
             ) from error
         if not token:
-            raise OutsideError("the token file is empty", where=f"HF_TOKEN_FILE={path}")
+            raise OutsideError("the token file is empty", where=f"{name}_FILE={path}")
         return token
-    return environ.get("HF_TOKEN") or None
+    return environ.get(name) or None
 
 
 def refuse_secrets(value: object, where: str) -> None:
@@ -81,9 +96,9 @@ def _refusal(where: str) -> InputError:
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """The text with every token that we know or recognise replaced by `[redacted]`."""
-    known = environ.get("HF_TOKEN")
-    if known:
-        text = text.replace(known, "[redacted]")
+    for name in ("HF_TOKEN", "TUNESHIP_API_KEY"):
+        if known := environ.get(name):
+            text = text.replace(known, "[redacted]")
     return _TOKEN.sub("[redacted]", text)
 
 

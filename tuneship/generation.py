@@ -30,6 +30,9 @@ from tuneship.model import LoadedModel
 # Prompt tokens taken in by one step, so that those who are being answered do not wait long.
 PREFILL_TOKENS = 1024
 
+# Positions that a cache holds before it grows.
+FIRST_ROOM = 256
+
 
 @dataclass(eq=False)
 class Request:
@@ -62,20 +65,32 @@ class Event:
 
 
 class Cache:
-    """Keys and values of every layer: (slots, kv_heads, length, head_dim) each."""
+    """Keys and values of every layer: (slots, kv_heads, room, head_dim) each; the room grows up to a length."""
 
     def __init__(self, slots: int, length: int) -> None:
         self.slots, self.length = slots, length
+        self.room = min(length, FIRST_ROOM)
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two tensors of a layer, made when the layer is first seen."""
         if index not in self.keys:
-            shape = (self.slots, like.shape[0], self.length, like.shape[2])
+            shape = (self.slots, like.shape[0], self.room, like.shape[2])
             self.keys[index] = torch.zeros(shape, dtype=like.dtype, device=like.device)
             self.values[index] = torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self.keys[index], self.values[index]
+
+    def reach(self, length: int) -> None:
+        """Makes room for so many positions: most texts are far shorter than the longest one allowed."""
+        if length <= self.room:
+            return
+        self.room = min(self.length, max(length, 2 * self.room))
+        for tensors in (self.keys, self.values):
+            for index, tensor in tensors.items():
+                grown = tensor.new_zeros((*tensor.shape[:2], self.room, tensor.shape[3]))
+                grown[:, :, : tensor.shape[2]] = tensor
+                tensors[index] = grown
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies the first `length` positions of one slot into another."""
@@ -319,6 +334,7 @@ class Generator:
     def _forward(self, ids: Sequence[int], positions: Sequence[int], layout: Any) -> Tensor:
         with torch.inference_mode():
             device = self.model.device
+            self._cache.reach(max(positions) + 1)
             return self.model.states(
                 torch.tensor(ids, device=device), torch.tensor(list(positions), device=device), layout
             )

@@ -127,14 +127,14 @@ class Call:
         finally:
             watcher.cancel()
 
-    def line(self) -> dict[str, Any]:
+    def line(self, *, gone: bool) -> dict[str, Any]:
         """What the log says: no prompt, no answer, no key."""
         facts = {
             "id": self.id,
             "route": self.route,
             "status": self.status,
             "ms": _ms(self.seconds),
-            "code": self.code,
+            "code": "client_gone" if gone else self.code,
             "model": self.model,
             "waited_ms": _ms(self.waited),
             "first_ms": _ms(self.first),

@@ -116,8 +116,8 @@ class Gateway:
             await call.fail(ApiError(500, "internal error; the log knows it by this request id", code="internal_error"))
         finally:
             self._metrics.note(call, gone=gone)
-            if call.route not in ("/health", "/metrics") or call.status != 200:
-                self._log(log_line("request", **call.line(), gone=gone or None))
+            if call.route not in ("/health", "/metrics"):
+                self._log(log_line("request", **call.line(gone=gone)))
 
     async def drain(self, seconds: float) -> None:
         """Refuses new requests and returns when the running ones have ended, or were cut off after a time."""

@@ -139,6 +139,7 @@ class LocalEngine:
         try:
             model = load(self._adapter, self._files)
             generator = Generator(model, slots=self._slots, length=self._length)
+            _warm(generator)
             self._loaded = True
             self._run(generator)
         except BaseException as error:
@@ -194,6 +195,13 @@ def _deliver(batch: Sequence[tuple[_Stream, Piece]]) -> None:
         if piece.text or piece.finish:
             stream.pieces.append(piece)
         stream.arrived.set()
+
+
+def _warm(generator: Generator) -> None:
+    """The first step reads the weights and takes seconds; nobody should wait for it."""
+    generator.submit(Request([generator.model.tokenizer.eos_token_id] * 8, 2, ignore_eos=True))
+    while generator.busy:
+        generator.step()
 
 
 def _gone() -> ApiError:

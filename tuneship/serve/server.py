@@ -19,7 +19,6 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import uvicorn
 
@@ -107,7 +106,8 @@ def _engine(
         raise InputError("an engine's key has no effect without its URL", where=str(key_file), fix="remove it")
     if len(found) != 1:
         raise InputError(
-            f"the engine here serves one folder, not {len(found)}", fix="name one, or an engine that has them with --engine"
+            f"the engine here serves one folder, not {len(found)}",
+            fix="name one, or an engine that has them with --engine",
         )
     files = adapters.base_of(found[0], base)
     from tuneship.serve.local import LocalEngine
@@ -156,7 +156,9 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EADDRNOTAVAIL:
             raise InputError("this machine has no such address", where=f"serve.host: {host}") from error
         what = "the port is taken" if error.errno == errno.EADDRINUSE else f"the port cannot be used: {error.strerror}"
-        raise OutsideError(what, where=f"{host}:{port}", fix="choose another with --port; 0 takes a free one") from error
+        raise OutsideError(
+            what, where=f"{host}:{port}", fix="choose another with --port; 0 takes a free one"
+        ) from error
     return listening
 
 
@@ -255,5 +257,3 @@ def _most_connections() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     # A request by URL takes a second one, to the engine.
     return (max(soft, wanted) - 128) // 2
-
-

@@ -1,0 +1,190 @@
+"""A gateway on a real socket in front of an engine that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from tuneship.prompt import Prompt
+from tuneship.serve.engine import Engine, Piece, Usage, Wanted
+from tuneship.serve.gateway import Gateway
+from tuneship.serve.limits import Limits
+from tuneship.serve.server import Server, address, listen
+from tuneship.serve.shapes import ApiError
+
+WAIT_S = 20.0
+CONTRACT = Prompt("Question: {question}\nContext: {context}\nAnswer: {answer}", ("\nQuestion:", "\nContext:"))
+
+
+class StubContract:
+    """A token a character."""
+
+    prompt = CONTRACT
+
+    async def encode(self, text: str) -> list[int]:
+        return [ord(character) for character in text]
+
+
+class StubEngine:
+    """Answers with `pieces`; before piece `hold` it waits for `release`."""
+
+    def __init__(
+        self,
+        pieces: Sequence[str] = (" SELECT", " 1"),
+        *,
+        hold: int | None = None,
+        length: int | None = 200,
+        refusal: ApiError | Exception | None = None,
+        names: Sequence[str] = ("stub",),
+    ) -> None:
+        self.pieces, self.hold, self._length, self.refusal, self.names = pieces, hold, length, refusal, names
+        self.ready, self.hung = True, False
+        self.failure: BaseException | None = None
+        self.failed = asyncio.Event()
+        self.wanted: list[Wanted] = []
+        self.running = self.most = 0
+        self.changed = threading.Condition()
+        self._released: asyncio.Event | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def length(self, model: str) -> int | None:
+        return self._length
+
+    def models(self) -> Sequence[str]:
+        return self.names
+
+    async def start(self) -> None:
+        self.loop, self._released = asyncio.get_running_loop(), asyncio.Event()
+
+    async def close(self) -> None: ...
+
+    async def metrics(self) -> bytes:
+        return b"vllm:num_requests_waiting 0\n"
+
+    async def generate(self, wanted: Wanted, usage: Usage) -> AsyncGenerator[list[Piece], None]:
+        self._count(1, wanted)
+        try:
+            if self.refusal is not None:
+                raise self.refusal
+            choices = max(1, len(wanted.prompts)) * wanted.n
+            for number, text in enumerate(self.pieces):
+                if number == self.hold:
+                    assert self._released is not None
+                    await self._released.wait()
+                usage.completion_tokens += choices
+                finish = "stop" if number == len(self.pieces) - 1 else None
+                yield [Piece(index, text, finish) for index in range(choices)]
+        finally:
+            self._count(-1)
+
+    def _count(self, by: int, wanted: Wanted | None = None) -> None:
+        with self.changed:
+            self.running += by
+            self.most = max(self.most, self.running)
+            if wanted is not None:
+                self.wanted.append(wanted)
+            self.changed.notify_all()
+
+    def release(self) -> None:
+        assert self.loop is not None and self._released is not None
+        self.loop.call_soon_threadsafe(self._released.set)
+
+    def wait_running(self, count: int) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.running == count, WAIT_S), f"{self.running} run, not {count}"
+
+
+class Running:
+    """A server that answers."""
+
+    def __init__(self, server: Server, gateway: Gateway, url: str, port: int, log: list[bytes]) -> None:
+        self.server, self.gateway, self.url, self.port, self.log = server, gateway, url, port, log
+        self.ended = threading.Event()
+        self.error: BaseException | None = None
+
+    def client(self, **settings: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=WAIT_S, trust_env=False, **settings)
+
+    def post(self, path: str, body: Any = None, **settings: Any) -> httpx.Response:
+        with self.client() as client:
+            if body is not None:
+                settings["json"] = body
+            return client.post(path, **settings)
+
+    def get(self, path: str, **settings: Any) -> httpx.Response:
+        with self.client() as client:
+            return client.get(path, **settings)
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log]
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_S)
+
+
+@contextmanager
+def running(
+    engine: Engine | None = None,
+    *,
+    contracts: dict[str, Any] | None = None,
+    limits: Limits | None = None,
+    **settings: Any,
+) -> Iterator[Running]:
+    """Serves until the block ends; what the server raised is in `error`."""
+    engine = engine or StubEngine()
+    limits = limits or Limits()
+    log: list[bytes] = []
+    gateway = Gateway(
+        engine,
+        {name: StubContract() for name in ("stub",)} if contracts is None else contracts,  # type: ignore[dict-item]
+        limits=limits,
+        max_new_tokens=settings.pop("max_new_tokens", 16),
+        log=log.append,
+        **settings,
+    )
+    listening = listen("127.0.0.1", 0)
+    url, port = address(listening), listening.getsockname()[1]
+    with listening:
+        server = Server(gateway, engine, listening, limits)
+        found = Running(server, gateway, url, port, log)
+
+        def run() -> None:
+            try:
+                server.run()
+            except BaseException as error:
+                found.error = error
+            finally:
+                found.ended.set()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield found
+        finally:
+            if not found.ended.is_set():
+                server.stop()
+                if isinstance(engine, StubEngine) and engine.running:
+                    engine.release()
+            thread.join(WAIT_S)
+            assert not thread.is_alive()
+
+
+def frames(response: httpx.Response) -> list[Any]:
+    """The events of a stream; [DONE] as a string."""
+    events = [event.removeprefix("data: ") for event in response.text.split("\n\n") if event]
+    return [event if event == "[DONE]" else json.loads(event) for event in events]
+
+
+def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
+    """Runs a call on a thread; its result comes into the list."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(call()))
+    thread.start()
+    return thread, results
