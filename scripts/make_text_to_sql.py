@@ -99,8 +99,7 @@ def counts(rows: Sequence[Row]) -> str:
         cells = ["", name, *(count[split] for split in SPLITS), count.total(), ""]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     means = {
-        field: sum(len(getattr(row, field)) for row in rows) / len(rows)
-        for field in ("question", "context", "answer")
+        field: sum(len(getattr(row, field)) for row in rows) / len(rows) for field in ("question", "context", "answer")
     }
     lengths = ", ".join(f"{field} {mean:.0f}" for field, mean in means.items())
     return "\n".join([*lines, "", f"Characters on average: {lengths}."])

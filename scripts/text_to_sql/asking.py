@@ -160,9 +160,7 @@ class Asking:
         some = f"{table.many} {mods}"
         return slots | {"set": some, "the_set": f"the {some}", "all_set": f"all {some}"}
 
-    def slots(
-        self, table: Table, columns: Sequence[Column], said: Phrase | Condition | None
-    ) -> dict[str, str]:
+    def slots(self, table: Table, columns: Sequence[Column], said: Phrase | Condition | None) -> dict[str, str]:
         """The slots that a table, its asked columns and a filter fill."""
         return self.nouns(table) | self.names(table, columns) | self.filter_slots(table, said)
 

@@ -72,9 +72,7 @@ class Filters:
 
     # --- which column ---
 
-    def column(
-        self, table: Table, *kinds: str, without: Collection[str] = (), whole: bool = False
-    ) -> Column:
+    def column(self, table: Table, *kinds: str, without: Collection[str] = (), whole: bool = False) -> Column:
         """A column of some kinds; `whole` ones have no missing values.
 
         Raises:
@@ -114,13 +112,9 @@ class Filters:
         value = self.rng.choice(column.values)
         plain = column.custom and (column.custom[:5] != "with " or column.custom[:7] == "with a ")
         if plain and self.rng.random() < 0.6:
-            phrase = self.speaker.own(
-                negated(column.custom), value, f"{column.phrase} other than {value}"
-            )
+            phrase = self.speaker.own(negated(column.custom), value, f"{column.phrase} other than {value}")
         else:
-            phrase = self.speaker.say(
-                "text_ne", table, column, "{p} other than {v}", v=shown(column, value)
-            )
+            phrase = self.speaker.say("text_ne", table, column, "{p} other than {v}", v=shown(column, value))
         return Condition(column.name, f"!= {text_literal(value)}", phrase)
 
     def among(self, table: Table, *, negative: bool = False) -> Condition:
@@ -246,9 +240,7 @@ class Filters:
         kind = "above_average" if above else "below_average"
         phrase = self.speaker.say(kind, table, column)
         sign = ">" if above else "<"
-        return Condition(
-            column.name, f"{sign} (SELECT AVG({column.name}) FROM {table.name})", phrase
-        )
+        return Condition(column.name, f"{sign} (SELECT AVG({column.name}) FROM {table.name})", phrase)
 
     def at_extreme(self, table: Table) -> Condition:
         """A number equals the highest or lowest."""
@@ -288,9 +280,7 @@ class Filters:
         own = table.key.name == "id" or table.name.startswith(table.key.name[:4])
         apart = own and not child.name.startswith(link.name[:4])
         if apart and self.rng.random() < 0.45:
-            phrase = self.speaker.say(
-                "has_none", table, table.key, child=child.one, children=child.many
-            )
+            phrase = self.speaker.say("has_none", table, table.key, child=child.one, children=child.many)
             return Condition(table.key.name, f"NOT IN ({inner})", phrase)
         if self.rng.random() < 0.6:
             such = Filters(self.rng, self.speaker, self.domain).plain(child)

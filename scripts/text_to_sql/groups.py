@@ -9,9 +9,7 @@ from text_to_sql.phrases import Condition, NoWay
 from text_to_sql.schema import NUMBERS, Column, Table
 
 
-def group_slots(
-    asking: Asking, table: Table, g: Column, condition: Condition | None
-) -> dict[str, str]:
+def group_slots(asking: Asking, table: Table, g: Column, condition: Condition | None) -> dict[str, str]:
     """The slots that a table, the column that groups it and a filter fill."""
     one, many = asking.speaker.name(table, g)
     return asking.slots(table, (), condition) | {

@@ -88,9 +88,7 @@ def _link(asking: Asking) -> tuple[Table, Column, Table]:
     return asking.rng.choice(links)
 
 
-def _parent_names(
-    asking: Asking, parent: Table, role: str, columns: Sequence[Column]
-) -> dict[str, str]:
+def _parent_names(asking: Asking, parent: Table, role: str, columns: Sequence[Column]) -> dict[str, str]:
     """The slots that a parent's asked columns fill."""
     names = asking.names(parent, columns)
     slots = {"pcols": names["cols"], "wis_p": names["wis"], "r": role, "a_r": a(role)}

@@ -39,9 +39,7 @@ def slots_of(template: str) -> set[str]:
     return {field for _, field, _, _ in Formatter().parse(template) if field}
 
 
-def choose(
-    rng: random.Random, bank: Mapping[str, Sequence[str]], slots: Mapping[str, str], rare: bool
-) -> str:
+def choose(rng: random.Random, bank: Mapping[str, Sequence[str]], slots: Mapping[str, str], rare: bool) -> str:
     """A template whose slots all have a text.
 
     Raises:
@@ -200,9 +198,7 @@ class Speaker:
         if column.people and "t" in values:
             slots |= {"p": f"{slots['p']}'s name", "a_p": f"{slots['a_p']}'s name"}
         free = {"who", "their"}
-        template = choose(
-            self.rng, CONDITIONS[kind], {**slots, **dict.fromkeys(free, "x")}, self.rare
-        )
+        template = choose(self.rng, CONDITIONS[kind], {**slots, **dict.fromkeys(free, "x")}, self.rare)
         return spoken(template, slots, kw.format_map(slots) if kw else "")
 
     def own(self, template: str, value: str, kw: str) -> Phrase:

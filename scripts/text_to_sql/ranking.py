@@ -68,9 +68,7 @@ def top(asking: Asking, table: Table, number: int, condition: Condition | None) 
     return Top(key, "DESC" if most else "ASC", number, slots)
 
 
-def _superlatives(
-    asking: Asking, table: Table, key: Column, most: bool, many: bool
-) -> list[tuple[str, str, str]]:
+def _superlatives(asking: Asking, table: Table, key: Column, most: bool, many: bool) -> list[tuple[str, str, str]]:
     """Ways to say it: before the noun, behind it, and as a predicate."""
     said = asking.speaker.slots(table, key)
     p = said["ps" if many else "p"]

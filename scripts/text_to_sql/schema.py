@@ -190,9 +190,7 @@ def _table(where: str, name: str, spec: dict[str, Any], pools: dict[str, tuple[s
     return Table(name, one, many, bool(spec.get("_who", False)), columns)
 
 
-def _column(
-    where: str, name: str, line: str, table: str, one: str, pools: dict[str, tuple[str, ...]]
-) -> Column:
+def _column(where: str, name: str, line: str, table: str, one: str, pools: dict[str, tuple[str, ...]]) -> Column:
     head, *rest = [part.strip() for part in line.split(";")]
     kind, _, given = head.partition(" ")
     options: dict[str, str] = {}
