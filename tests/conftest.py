@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+from zygote import Commands
 
 from tuneship import recipe as recipes
 from tuneship.recipe import Recipe
@@ -122,33 +125,65 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", sql_rows(60))
 
 
+def tiny_recipe(base: Path, rows: Path, **sections: Any) -> Recipe:
+    """The recipe of a tiny run, with sections changed: `tiny_recipe(…, train={"seed": 1})`."""
+    tree: dict[str, Any] = {
+        "name": "tiny-test",
+        "model": {"model_name_or_path": str(base), "precision": "float32"},
+        "data": {"dataset_name": str(rows), "test_fraction": 0.2, "validation_fraction": 0.1},
+        "lora": {"r": 4, "lora_alpha": 8},
+        "train": {
+            "learning_rate": 1e-2,
+            "max_steps": 6,
+            "packing": True,
+            "tokens_per_batch": 256,
+            "max_length": 256,
+            "save_steps": 2,
+        },
+        "evaluate": {
+            "max_rows": 6,
+            "max_new_tokens": 8,
+            "few_shot": 2,
+            "gate": {"min_score": 0.0, "min_gain": -1.0},
+        },
+    }
+    for section, changes in sections.items():
+        tree[section] = {**tree.get(section, {}), **changes} if isinstance(changes, dict) else changes
+    return recipes.validate(tree, where="test")
+
+
 @pytest.fixture
-def make_recipe(tiny_base: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Recipe]:
+def make_recipe(tiny_base: Path, rows_file: Path) -> Callable[..., Recipe]:
     """A function that gives the recipe of a tiny run, with sections changed: `make_recipe(train={"seed": 1})`."""
+    return partial(tiny_recipe, tiny_base, rows_file)
 
-    def make(**sections: Any) -> Recipe:
-        tree: dict[str, Any] = {
-            "name": "tiny-test",
-            "model": {"model_name_or_path": str(tiny_base), "precision": "float32"},
-            "data": {"dataset_name": str(rows_file), "test_fraction": 0.2, "validation_fraction": 0.1},
-            "lora": {"r": 4, "lora_alpha": 8},
-            "train": {
-                "learning_rate": 1e-2,
-                "max_steps": 6,
-                "packing": True,
-                "tokens_per_batch": 256,
-                "max_length": 256,
-                "save_steps": 2,
-            },
-            "evaluate": {
-                "max_rows": 6,
-                "max_new_tokens": 8,
-                "few_shot": 2,
-                "gate": {"min_score": 0.0, "min_gain": -1.0},
-            },
-        }
-        for section, changes in sections.items():
-            tree[section] = {**tree.get(section, {}), **changes} if isinstance(changes, dict) else changes
-        return recipes.validate(tree, where="test")
 
-    return make
+@pytest.fixture(scope="session")
+def trained_once(tiny_base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained and evaluated tiny run; tests copy it (`trained`)."""
+    from tuneship import journal
+    from tuneship.evaluate import evaluate
+    from tuneship.prepare import prepare
+    from tuneship.train import train
+
+    folder = tmp_path_factory.mktemp("runs") / "trained"
+    recipe = tiny_recipe(tiny_base, rows_file, evaluate={"by": ["domain"]}, train={"eval_steps": 3})
+    with journal.open_run(folder, recipe) as run:
+        prepare(run)
+        train(run)
+        evaluate(run)
+    return folder
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path) -> Path:
+    """The folder of a trained and evaluated tiny run, to do with as one likes."""
+    return shutil.copytree(trained_once, tmp_path / "trained")
+
+
+@pytest.fixture(scope="session")
+def commands() -> Iterator[Commands]:
+    """Starts `tuneship …` as processes of their own."""
+    started = Commands()
+    yield started
+    started.close()

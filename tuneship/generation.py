@@ -183,7 +183,9 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, stop
         self._ids: list[int] = []
         self._read = 0
-        """Ids before this one have been turned into text; a window before it gives the context."""
+        """Ids before this one have been turned into text."""
+        self._window = 0
+        """The ids from here to `_read` became text together: they are decoded again, to give what follows a context."""
         self._text = ""
         self._sent = 0
         self.stopped = False
@@ -191,12 +193,10 @@ class TextStream:
     def push(self, token: int) -> str:
         """One token more; returns the text that became certain."""
         self._ids.append(token)
-        window = max(0, self._read - 6)
-        before = self._tokenizer.decode(self._ids[window : self._read], skip_special_tokens=True)
-        after = self._tokenizer.decode(self._ids[window:], skip_special_tokens=True)
-        if not after.endswith("�"):
-            self._text += after[len(before) :]
-            self._read = len(self._ids)
+        text = self._unread()
+        if text and not text.endswith("�"):
+            self._text += text
+            self._window, self._read = self._read, len(self._ids)
         ends = [at for stop in self._stop if (at := self._text.find(stop, max(0, self._sent - len(stop)))) >= 0]
         if ends:
             self.stopped = True
@@ -206,12 +206,16 @@ class TextStream:
 
     def flush(self) -> str:
         """The rest, when no token follows."""
-        if not self.stopped and self._read < len(self._ids):
-            window = max(0, self._read - 6)
-            before = self._tokenizer.decode(self._ids[window : self._read], skip_special_tokens=True)
-            self._text += self._tokenizer.decode(self._ids[window:], skip_special_tokens=True)[len(before) :]
+        if not self.stopped:
+            self._text += self._unread()
             self._read = len(self._ids)
         return self._send(len(self._text))
+
+    def _unread(self) -> str:
+        """The text of the ids that have not become text yet."""
+        before = self._tokenizer.decode(self._ids[self._window : self._read], skip_special_tokens=True)
+        after: str = self._tokenizer.decode(self._ids[self._window :], skip_special_tokens=True)
+        return after[len(before) :]
 
     def _held(self) -> int:
         """How many characters at the end could be the beginning of a stop string."""
@@ -277,8 +281,11 @@ class Generator:
             )
         if not request.prompt:
             raise InputError("the prompt is empty", where="prompt")
+        if request.max_new_tokens < 1:
+            raise InputError("a completion has at least one token", where="max_tokens")
         self._waiting.append(request)
 
+    @torch.inference_mode()
     def cancel(self, request: Request) -> None:
         """Forgets a request, whether it waits, runs or has ended."""
         if request in self._waiting:
@@ -379,8 +386,8 @@ def _sample(logits: Tensor, request: Request, random: torch.Generator) -> int:
     probabilities = (logits / request.temperature).softmax(-1)
     if request.top_p < 1:
         ordered, indices = probabilities.sort(descending=True)
-        # The smallest set whose mass reaches top_p: a token is out once those before it reach it.
-        ordered[ordered.cumsum(0) - ordered >= request.top_p] = 0
+        # The smallest set whose mass reaches top_p: a token is out once those before it reach it; the first never is.
+        ordered[1:][ordered.cumsum(0)[:-1] >= request.top_p] = 0
         return int(indices[torch.multinomial(ordered, 1, generator=random)])
     return int(torch.multinomial(probabilities, 1, generator=random))
 
