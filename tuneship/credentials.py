@@ -30,6 +30,9 @@ _TOKEN = re.compile(
 )
 _SECRET_KEY = re.compile(r"(^|_)(token|password|passwd|secret|api_?key|credentials?)$", re.IGNORECASE)
 
+# What was read from files, so that `redact` knows it too.
+_READ: set[str] = set()
+
 
 def hub_token(environ: Mapping[str, str] = os.environ) -> str | None:
     """The Hugging Face token, or None where there is none.
@@ -47,8 +50,9 @@ def api_key(environ: Mapping[str, str] = os.environ) -> str | None:
         OutsideError: TUNESHIP_API_KEY_FILE names a file that cannot be read or is empty.
     """
     key = _named("TUNESHIP_API_KEY", environ)
-    # The file may be the server's, with a key on each line.
-    return key.splitlines()[0].strip() if key else None
+    # The file may be the server's, with a key on each line, and comments.
+    lines = [line.strip() for line in (key or "").splitlines()]
+    return next((line for line in lines if line and not line.startswith("#")), None)
 
 
 def _named(name: str, environ: Mapping[str, str]) -> str | None:
@@ -61,8 +65,12 @@ def _named(name: str, environ: Mapping[str, str]) -> str | None:
                 where=f"{name}_FILE={path}",
                 fix=f"mount the secret there, or unset {name}_FILE",
             ) from error
+        except UnicodeDecodeError:
+            # Without its cause: that holds the file's bytes.
+            raise OutsideError("the token file is not UTF-8", where=f"{name}_FILE={path}") from None
         if not token:
             raise OutsideError("the token file is empty", where=f"{name}_FILE={path}")
+        _READ.update(line.strip() for line in token.splitlines() if line.strip())
         return token
     return environ.get(name) or None
 
@@ -75,6 +83,8 @@ def refuse_secrets(value: object, where: str) -> None:
     """
     if isinstance(value, Mapping):
         for key, inner in value.items():
+            if _TOKEN.search(str(key)):
+                raise _refusal(where)
             path = f"{where}.{key}" if where else str(key)
             if isinstance(inner, str) and inner and _SECRET_KEY.search(str(key)):
                 raise _refusal(path)
@@ -96,16 +106,19 @@ def _refusal(where: str) -> InputError:
 
 def redact(text: str, environ: Mapping[str, str] = os.environ) -> str:
     """The text with every token that we know or recognise replaced by `[redacted]`."""
-    for name in ("HF_TOKEN", "TUNESHIP_API_KEY"):
-        if known := environ.get(name):
+    for known in {*_READ, environ.get("HF_TOKEN"), environ.get("TUNESHIP_API_KEY")}:
+        if known:
             text = text.replace(known, "[redacted]")
     return _TOKEN.sub("[redacted]", text)
 
 
 class RedactingFilter(logging.Filter):
-    """Keeps tokens out of log records, those of libraries included. Add it to each handler."""
+    """Keeps tokens out of log records, those of libraries and tracebacks included. Add it to each handler."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Rewrites the record; never drops it."""
         record.msg, record.args = redact(record.getMessage()), ()
+        if record.exc_info:
+            # What a formatter finds here it does not format itself.
+            record.exc_text = redact(logging.Formatter().formatException(record.exc_info))
         return True
