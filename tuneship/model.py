@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
-from tuneship.kernels import attention
+from tuneship.kernels import attention, cpu
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Layout
 from tuneship.recipe import Lora
@@ -141,7 +141,7 @@ def load(files: BaseFiles, precision: str = "auto", device: torch.device | None 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
+        precision = "bfloat16" if device.type == "cuda" or cpu.has_bfloat16() else "float32"
     if precision in ("fp8", "nf4"):
         raise InputError(
             f"precision {precision} needs a CUDA GPU" if device.type == "cpu" else f"no {precision} here",
