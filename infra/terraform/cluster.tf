@@ -12,7 +12,7 @@ locals {
 
 resource "google_container_cluster" "autopilot" {
   # checkov:skip=CKV_GCP_12: Autopilot always runs Dataplane V2, which enforces network policies
-  # checkov:skip=CKV_GCP_61: Autopilot always has intranode visibility
+  # checkov:skip=CKV_GCP_61: intranode visibility cannot be set on Autopilot, which decides it itself
   # checkov:skip=CKV_GCP_65: RBAC by Google groups needs a Workspace domain, which a project need not have
   # checkov:skip=CKV_GCP_66: there is no attestor; images are pinned and come from our own registry
   # checkov:skip=CKV_GCP_69: Autopilot always runs GKE's metadata server

@@ -17,7 +17,7 @@ resource "random_id" "bucket" {
 }
 
 resource "google_storage_bucket" "datastore" {
-  # checkov:skip=CKV_GCP_62: who read what is in Cloud Audit Logs; usage logs would need a second bucket to guard
+  # checkov:skip=CKV_GCP_62: usage logs need a second bucket to guard; data access audit logs are the project's to switch on
   project       = var.project_id
   name          = local.bucket_name
   location      = upper(var.subnetwork_region)

@@ -57,7 +57,15 @@ EPHEMERAL = {
 
 _DOCUMENTED = re.compile(r"#(\w+) \w+#")
 _FRAMEWORK = {"connection", "count", "dependsOn", "forEach", "lifecycle", "provider", "provisioners"}
-_INHERITED = {"cdktfStack", "constructNodeMetadata", "fqn", "friendlyUniqueId", "node", "rawOverrides", "tfResourceType"}
+_INHERITED = {
+    "cdktfStack",
+    "constructNodeMetadata",
+    "fqn",
+    "friendlyUniqueId",
+    "node",
+    "rawOverrides",
+    "tfResourceType",
+}
 _INHERITED |= {"terraformGeneratorMetadata", "terraformMetaArguments", "terraformResourceType", *_FRAMEWORK}
 
 
@@ -122,7 +130,9 @@ def _block(types: dict[str, Any], fqn: str, opened: Any) -> dict[str, Any]:
     blocks: dict[str, Any] = {}
     for entry in types[fqn].get("properties", ()):
         documentation = entry.get("docs", {})
-        match = _DOCUMENTED.search(documentation.get("remarks", "")) or _DOCUMENTED.search(documentation.get("summary", ""))
+        match = _DOCUMENTED.search(documentation.get("remarks", "")) or _DOCUMENTED.search(
+            documentation.get("summary", "")
+        )
         if match is None or entry["name"] in _FRAMEWORK:
             continue
         name = match[1]
@@ -205,7 +215,7 @@ def _flat(text: str) -> str:
 
 def main(arguments: list[str]) -> int:
     sys.path.insert(0, str(HERE))
-    from hcl import load, used
+    from terraform_files import load, used
 
     text = dump(distil(used(load())))
     if "--check" in arguments:

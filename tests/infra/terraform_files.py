@@ -19,7 +19,7 @@ TERRAFORM = Path(__file__).parents[2] / "infra" / "terraform"
 
 # Arguments of Terraform itself, which no provider's schema has.
 META_ARGUMENTS = frozenset({"count", "for_each", "provider", "depends_on"})
-META_BLOCKS = frozenset({"lifecycle", "timeouts"})
+META_BLOCKS = frozenset({"lifecycle", "provisioner"})
 
 
 class Expression(str):
@@ -118,14 +118,24 @@ class Configuration:
 
 
 @cache
-def load(folder: Path = TERRAFORM) -> Configuration:
-    """Reads a folder's .tf files."""
-    return parse("\n".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.tf"))))
+def texts(folder: Path = TERRAFORM) -> tuple[str, ...]:
+    """A folder's .tf files."""
+    return tuple(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.tf")))
 
 
-def parse(text: str) -> Configuration:
-    """Reads HCL."""
-    tree = hcl2.loads(text)
+def load() -> Configuration:
+    """Reads infra/terraform."""
+    return parse(texts())
+
+
+@cache
+def parse(files: tuple[str, ...]) -> Configuration:
+    """Reads HCL files."""
+    tree: dict[str, list[Any]] = {}
+    for text in files:
+        for kind, blocks in _tree(text).items():
+            if not kind.startswith("__"):
+                tree.setdefault(kind, []).extend(blocks)
     return Configuration(
         resources=_typed(tree, "resource"),
         data=_typed(tree, "data"),
@@ -139,8 +149,14 @@ def parse(text: str) -> Configuration:
             for name, value in group.items()
             if not name.startswith("__")
         },
-        terraform=_block(tree["terraform"][0]) if "terraform" in tree else Block(),
+        terraform=_block(tree["terraform"][0]),
     )
+
+
+@cache
+def _tree(text: str) -> dict[str, Any]:
+    tree: dict[str, Any] = hcl2.loads(text)
+    return tree
 
 
 @cache
@@ -158,7 +174,7 @@ def references(text: str) -> set[tuple[str, ...]]:
         scope, first, second = match.groups()
         if scope:
             found.add((scope, first, second))
-        elif first in ("local", "var") or first.split("_")[0] in ("google", "helm", "random"):
+        elif first in ("local", "var") or first.split("_")[0] in ("google", "helm", "random", "terraform"):
             found.add((first, second))
     return found
 
@@ -167,14 +183,14 @@ def used(configuration: Configuration) -> dict[str, dict[str, Any]]:
     """Kind to type to the tree of blocks that are opened in it."""
     opened: dict[str, dict[str, Any]] = {}
     for kind, address, block in configuration.everything():
-        if kind != "ephemeral":
+        if kind != "ephemeral" and address[0] != "terraform_data":
             _merge(opened.setdefault(kind, {}).setdefault(address[0], {}), block)
     return opened
 
 
 def _merge(tree: dict[str, Any], block: Block) -> None:
     for name, blocks in block.blocks.items():
-        if name != "lifecycle":
+        if name not in META_BLOCKS:
             for one in blocks:
                 _merge(tree.setdefault(name, {}), one)
 
@@ -199,16 +215,16 @@ def _block(body: dict[str, Any], *, dynamic: bool = False) -> Block:
     for name, value in body.items():
         if name.startswith("__"):
             continue
-        if isinstance(value, list) and value and all(isinstance(one, dict) and "__is_block__" in one for one in value):
-            if name == "dynamic":
-                for one in value:
-                    for label, inner in one.items():
-                        if not label.startswith("__"):
-                            content = _block(inner["content"][0], dynamic=True)
-                            content.arguments["__for_each__"] = _value(inner["for_each"])
-                            blocks.setdefault(_bare(label), []).append(content)
-            else:
-                blocks.setdefault(name, []).extend(_block(one) for one in value)
+        if name == "dynamic":
+            for label, inner in ((label, inner) for one in value for label, inner in one.items()):
+                if not label.startswith("__"):
+                    content = _block(inner["content"][0], dynamic=True)
+                    content.arguments["__for_each__"] = _value(inner["for_each"])
+                    blocks.setdefault(_bare(label), []).append(content)
+        elif (
+            isinstance(value, list) and value and all(isinstance(one, dict) and "__is_block__" in one for one in value)
+        ):
+            blocks.setdefault(name, []).extend(_block(one) for one in value)
         else:
             arguments[name] = _value(value)
     return Block(arguments, blocks, dynamic)
