@@ -140,6 +140,10 @@ def test_the_adapters_folder_is_complete(tiny_base: Path, tmp_path: Path) -> Non
     config = json.loads((folder / models.CONFIG).read_text())
     assert config["base_model_name_or_path"] == str(tiny_base)
     assert config["inference_mode"] is True
+    # Python orders a set otherwise in each process; the file must not.
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     assert (config["r"], config["lora_alpha"], config["bias"], config["task_type"]) == (4, 8, "none", "CAUSAL_LM")
     ours, theirs = (AutoTokenizer.from_pretrained(where) for where in (folder, tiny_base))
     assert ours("SELECT name FROM table_1").input_ids == theirs("SELECT name FROM table_1").input_ids

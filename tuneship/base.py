@@ -66,6 +66,19 @@ class BaseFiles:
                     digest.update(stream.read(4096))
         return digest.hexdigest()
 
+    def expect(self, fingerprint: str, since: str) -> None:
+        """Refuses a base that is not the one that it was.
+
+        Raises:
+            InputError: its fingerprint is another.
+        """
+        if self.fingerprint() != fingerprint:
+            raise InputError(
+                f"the base model changed since {since}",
+                where=self.name,
+                fix="bring the old one back, or train anew with --fresh",
+            )
+
 
 def resolve(model: Model) -> BaseFiles:
     """Brings the base model's files onto this machine.

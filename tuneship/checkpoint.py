@@ -13,7 +13,6 @@ is named and the one before it is taken. Nothing is pickled.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ from torch import Tensor
 from tuneship import storage
 from tuneship.console import say
 from tuneship.errors import OutsideError, TuneshipError
-from tuneship.journal import read_json, sha256_file, write_json
+from tuneship.journal import put_in_place, read_json, sha256_file, write_json
 
 MANIFEST = "MANIFEST.json"
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 _STEP = re.compile(r"^step-(\d+)$")
 
 
@@ -51,20 +51,16 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int, mirror: str | None 
     """
     target = folder / f"step-{checkpoint.step}"
     partial = folder / f".partial-{checkpoint.step}"
-    shutil.rmtree(partial, ignore_errors=True)
+    for left_by_a_kill in folder.glob(".partial-*"):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         save_file(checkpoint.adapter, partial / "adapter.safetensors")
         save_file(checkpoint.optimizer, partial / "optimizer.safetensors")
         write_json(partial / "state.json", {"step": checkpoint.step, **checkpoint.state})
         files = {f.name: {"sha256": sha256_file(f), "bytes": f.stat().st_size} for f in sorted(partial.iterdir())}
-        for name in files:
-            _sync(partial / name)
         write_json(partial / MANIFEST, {"step": checkpoint.step, "files": files})
-        _sync(partial)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
-        _sync(folder)
+        put_in_place(partial, target)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         needed = sum(t.nbytes for t in (*checkpoint.adapter.values(), *checkpoint.optimizer.values()))
@@ -129,16 +125,14 @@ class _Damaged(Exception):
 def _load(folder: Path, step: int) -> Checkpoint:
     try:
         manifest = read_json(folder / MANIFEST)
-        files: dict[str, Any] = manifest["files"]
-    except (FileNotFoundError, TuneshipError, KeyError, TypeError) as error:
+        digests = {name: manifest["files"][name]["sha256"] for name in FILES}
+    except (OSError, TuneshipError, KeyError, TypeError) as error:
         raise _Damaged(f"{MANIFEST} is missing or broken") from error
-    for name in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
-        if name not in files:
-            raise _Damaged(f"{MANIFEST} does not name {name}")
+    for name, digest in digests.items():
         file = folder / name
         if not file.is_file():
             raise _Damaged(f"{name} is missing")
-        if sha256_file(file) != files[name]["sha256"]:
+        if sha256_file(file) != digest:
             raise _Damaged(f"{name} has another sha256 than {MANIFEST} says")
     return Checkpoint(
         step,
@@ -147,10 +141,3 @@ def _load(folder: Path, step: int) -> Checkpoint:
         read_json(folder / "state.json"),
     )
 
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,29 +40,34 @@ class Progress:
 
 
 class _Plain(Progress):
-    """A line each ten seconds, so that a log stays readable."""
+    """A line each ten seconds, or each so many, so that a log stays readable."""
 
-    def __init__(self, label: str, total: int | None) -> None:
+    def __init__(self, label: str, total: int | None, every: int | None) -> None:
         super().__init__(label, total)
-        self._last = time.monotonic()
+        self._every, self._last, self._last_done = every, time.monotonic(), 0
 
     def _show(self) -> None:
         now = time.monotonic()
-        if now - self._last >= PLAIN_SECONDS:
-            self._last = now
+        if self._every is not None:
+            due = self.done // self._every > self._last_done // self._every
+        else:
+            due = now - self._last >= PLAIN_SECONDS
+        if due:
+            self._last, self._last_done = now, self.done
             say(self._text())
 
 
 @contextmanager
-def progress(label: str, total: int | None = None) -> Iterator[Progress]:
+def progress(label: str, total: int | None = None, *, every: int | None = None) -> Iterator[Progress]:
     """Counts something that may take longer than two seconds.
 
     Args:
         label: what is counted, as `rows` or `evaluate: base`.
         total: how many there will be, if known.
+        every: how many lie between two lines where there is no terminal; without it, ten seconds do.
     """
     if not sys.stderr.isatty():
-        yield _Plain(label, total)
+        yield _Plain(label, total, every)
         return
     # rich takes 50 ms to import; a pipe needs none of it.
     from rich import progress as rich_progress

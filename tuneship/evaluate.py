@@ -25,7 +25,7 @@ from tuneship.data import heldout
 from tuneship.data.heldout import HeldOut
 from tuneship.errors import InputError, Stopped
 from tuneship.generation import Completion, Generator, Request, complete
-from tuneship.journal import Run, write_json
+from tuneship.journal import Run, read_json, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
@@ -78,7 +78,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     The gate's word is in it: `gate.passed`, and `gate.reasons` if not.
 
     Raises:
-        InputError: there is no adapter, or no held-out row.
+        InputError: there is no adapter, the base is not the one that it was trained on, or no row was held out.
         Stopped: a signal came; nothing was written.
     """
     recipe = run.recipe
@@ -91,9 +91,11 @@ def evaluate(run: Run) -> dict[str, Any]:
         )
     if not (run.adapter / models.WEIGHTS).exists():
         raise InputError("the run has no adapter yet", where=str(run.path), fix="tuneship train RECIPE")
+    files = base.resolve(recipe.model)
+    files.expect(read_json(run.adapter / "tuneship.json")["base"]["fingerprint"], "the adapter was trained")
     cpu.keep_memory()
     contract = Prompt(recipe.data.template, recipe.data.stop)
-    model = models.load(base.resolve(recipe.model), recipe.model.precision)
+    model = models.load(files, recipe.model.precision)
     tokens = heldout.tokenise(rows, contract, model.tokenizer)
 
     def loss() -> float:

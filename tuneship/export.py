@@ -27,7 +27,7 @@ from tuneship.console import progress, say
 from tuneship.data import heldout
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.generation import Generator, Request, complete
-from tuneship.journal import Run, read_json, write_json
+from tuneship.journal import Run, put_in_place, read_json, write_json
 from tuneship.kernels.attention import Documents
 from tuneship.prompt import Prompt
 
@@ -41,7 +41,7 @@ def export(run: Run) -> dict[str, Any]:
     """Writes the run's merged/ folder and proves it; returns the proof.
 
     Raises:
-        InputError: there is no adapter.
+        InputError: there is no adapter, or the base is not the one that it was trained on.
         OutsideError: the disk is too small.
         TuneshipError: the merged model says something else.
     """
@@ -52,14 +52,14 @@ def export(run: Run) -> dict[str, Any]:
         proof: dict[str, Any] = read_json(run.merged / "proof.json")
         return proof
     files = base.resolve(run.recipe.model)
+    files.expect(read_json(run.adapter / "tuneship.json")["base"]["fingerprint"], "the adapter was trained")
     _check_room(run.path, files)
     partial = run.path / ".merged.partial"
     shutil.rmtree(partial, ignore_errors=True)
     merge(files, run.adapter, partial)
     proof = _prove(run, files, partial)
     write_json(partial / "proof.json", proof)
-    shutil.rmtree(run.merged, ignore_errors=True)
-    partial.rename(run.merged)
+    put_in_place(partial, run.merged)
     say(
         f"merged model in {run.merged}: the same on {proof['prompts']} prompts "
         f"({proof['positions']} positions, {proof['ties']} ties within {proof['tolerance']:.2g})"

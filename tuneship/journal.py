@@ -18,12 +18,15 @@ drops the lines after the checkpoint that it resumes from: every update is in it
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import tuneship
-from tuneship.errors import InputError, OutsideError
+from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.recipe import Recipe, validate
 
 # The sections that decide what the weights become. The others may change between two commands.
@@ -133,7 +136,8 @@ def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run
                 (path / folder).mkdir(exist_ok=True)
         except OSError as error:
             raise _refused(path, error) from error
-        yield Run(path, recipe)
+        with _full_disk(path):
+            yield Run(path, recipe)
 
 
 def read_run(path: Path) -> Run:
@@ -173,6 +177,26 @@ def _lock(path: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextmanager
+def _full_disk(path: Path) -> Iterator[None]:
+    """Whatever a stage was writing when the disk was full: said in one line, not by a traceback."""
+    try:
+        yield
+    except TuneshipError:
+        raise
+    except Exception as error:
+        # safetensors' error is no OSError and has no number, but says it.
+        said = re.search(r"os error (\d+)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(said.group(1)) if said else None
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OutsideError(
+            f"the disk is full: {os.strerror(number)}; {shutil.disk_usage(path).free} bytes are free",
+            where=str(path),
+            fix="free some room and run the same command again; what was finished is kept",
+        ) from error
 
 
 def _refused(path: Path, error: OSError) -> OutsideError:
@@ -228,6 +252,25 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, value: Any) -> None:
     """Replaces a JSON file by rename."""
     write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Moves a finished folder to its place by one rename, after its bytes are on the disk."""
+    for file in partial.iterdir():
+        sync(file)
+    sync(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Onto the disk: a file's bytes, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_json(file: Path) -> Any:

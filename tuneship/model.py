@@ -11,6 +11,7 @@ transformers' own.
 
 from __future__ import annotations
 
+import copy
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -272,10 +273,11 @@ def write_adapter(model: LoadedModel, folder: Path) -> None:
     assert model.peft is not None
     folder.mkdir(parents=True, exist_ok=True)
     save_file(model.adapter_tensors(), folder / WEIGHTS, metadata={"format": "pt"})
-    config = model.peft.peft_config["default"]
-    training, config.inference_mode = config.inference_mode, True
+    config = copy.copy(model.peft.peft_config["default"])
+    config.inference_mode = True
+    # A set in PEFT: its order would change from process to process, and the file with it.
+    config.target_modules = sorted(config.target_modules)
     config.save_pretrained(str(folder))
-    config.inference_mode = training
     for file in model.files.folder.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "chat_template")):
             shutil.copyfile(file, folder / file.name)

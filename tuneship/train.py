@@ -27,9 +27,9 @@ from tuneship import model as models
 from tuneship.checkpoint import Checkpoint
 from tuneship.console import progress, say
 from tuneship.data import heldout
-from tuneship.data.packing import Plan, Tokens, pack, plan
+from tuneship.data.packing import Pack, Plan, Tokens, pack, plan
 from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
-from tuneship.journal import Run, code_facts, read_json, write_json
+from tuneship.journal import Run, code_facts, put_in_place, read_json, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import answer_loss, held_out_loss
 from tuneship.model import LoadedModel
@@ -74,10 +74,7 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
         return finished
 
     files = base.resolve(recipe.model)
-    if files.fingerprint() != prepared["base"]["fingerprint"]:
-        raise InputError(
-            "the base model changed since this run was prepared", where=files.name, fix="start anew with --fresh"
-        )
+    files.expect(prepared["base"]["fingerprint"], "this run was prepared")
     models.check_architecture(files)
     models.check_lora(files, recipe.lora)
     _check_length(files, recipe.train)
@@ -92,7 +89,8 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
     parameters = list(models.trainable(model).values())
     model.causal.train()
     seen, began, loss = 0, time.monotonic(), math.nan
-    with stop_flag() as stop, run.log() as log, progress("updates", len(todo)) as shown:
+    every = recipe.train.logging_steps
+    with stop_flag() as stop, run.log() as log, progress("updates", len(todo), every=every) as shown:
         shown.advance(done)
         for step in range(done + 1, len(todo) + 1):
             started = time.monotonic()
@@ -106,12 +104,10 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
             labels = sum(len(packed.labels) for packed in packs)
             loss = 0.0
             for packed in packs:
-                part = _forward(model, packed, recipe.train) / labels
-                part.backward()  # type: ignore[no-untyped-call]
-                loss += float(part.detach())
+                loss += _backward(model, packed, labels, recipe.train)
             norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm or math.inf)
             if not (math.isfinite(loss) and math.isfinite(float(norm))):
-                raise _not_a_number(step, loss, float(norm), todo, done, run)
+                raise _not_a_number(step, loss, float(norm), todo, run)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -149,7 +145,7 @@ def learning_rate(step: int, total: int, train: Train) -> float:
     Linear from 0 over the warm-up, then cosine or linear to 0, or constant. The first update of a
     warm-up of w has rate 0/w, as there.
     """
-    warmup = train.warmup_steps if train.warmup_steps >= 1 else math.ceil(train.warmup_steps * total)
+    warmup = int(train.warmup_steps) if train.warmup_steps >= 1 else math.ceil(train.warmup_steps * total)
     at = step - 1
     if at < warmup:
         return train.learning_rate * at / max(1.0, warmup)
@@ -205,18 +201,21 @@ def _optimizer(model: LoadedModel, train: Train) -> torch.optim.AdamW:
     )
 
 
-def _forward(model: LoadedModel, packed: Any, train: Train) -> torch.Tensor:
+def _backward(model: LoadedModel, packed: Pack, labels: int, train: Train) -> float:
+    """Adds a pack's gradients to the update's; returns its share of the update's loss."""
     try:
-        return answer_loss(model, packed)
+        loss = answer_loss(model, packed) / labels
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
     except torch.OutOfMemoryError as error:
         raise TuneshipError(
-            f"the device's memory does not hold a forward pass of {len(packed.ids)} tokens",
+            f"the device's memory does not hold a forward and backward pass of {len(packed.ids)} tokens",
             where=f"train.tokens_per_batch: {train.tokens_per_batch}",
             fix="lower train.tokens_per_batch; then train.max_length, if rows are long",
         ) from error
 
 
-def _not_a_number(step: int, loss: float, norm: float, todo: Plan, done: int, run: Run) -> TuneshipError:
+def _not_a_number(step: int, loss: float, norm: float, todo: Plan, run: Run) -> TuneshipError:
     rows = [row for rows in todo.updates[step - 1] for row in rows]
     last = checkpoint.steps(run.checkpoints)
     return TuneshipError(
@@ -287,8 +286,7 @@ def _finish(run: Run, model: LoadedModel, prepared: dict[str, Any], todo: Plan, 
             "loss": loss,
         },
     )
-    shutil.rmtree(run.adapter, ignore_errors=True)
-    partial.rename(run.adapter)
+    put_in_place(partial, run.adapter)
     run.record(code=code, device=_device_name(model.device), tokens_per_second=round(speed, 1))
     return Trained(str(run.adapter), len(todo), loss, speed)
 
