@@ -20,7 +20,7 @@ FILE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 HEAD = """\
 # Recipe reference
 
-Made by `make docs` from `tuneship/recipe.py`; do not edit by hand.
+Made by `make docs` from `tuneship/recipe`; do not edit by hand.
 
 A recipe is one YAML file. Precedence: defaults < file < environment < `--set section.key=value`.
 An unknown key, a value of the wrong type and a setting that would have no effect are errors.
@@ -87,7 +87,7 @@ def main() -> int:
     text = reference()
     if "--check" in sys.argv:
         if not FILE.exists() or FILE.read_text(encoding="utf-8") != text:
-            print(f"{FILE} is not what tuneship/recipe.py makes: run make docs", file=sys.stderr)
+            print(f"{FILE} is not what tuneship/recipe makes: run make docs", file=sys.stderr)
             return 1
         return 0
     FILE.write_text(text, encoding="utf-8")
