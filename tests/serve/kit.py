@@ -122,6 +122,13 @@ class Running:
         with self.client() as client:
             return client.get(path, **settings)
 
+    @contextmanager
+    def streamed(self, path: str, body: dict[str, Any]) -> Iterator[Iterator[str]]:
+        """The lines of a stream as they come."""
+        with self.client() as client, client.stream("POST", path, json={**body, "stream": True}) as answer:
+            assert answer.status_code == 200
+            yield answer.iter_lines()
+
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log]
 

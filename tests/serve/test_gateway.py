@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -140,12 +141,10 @@ def test_a_streamed_answer_is_its_text_alone(served: Running) -> None:
 
 def test_pieces_come_as_they_are_made() -> None:
     engine = StubEngine(hold=1)
-    with running(engine) as served, served.client() as client:
-        with client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as answer:
-            lines = answer.iter_lines()
-            assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"] == " SELECT"
-            engine.release()
-            assert "[DONE]" in list(lines)[-2]
+    with running(engine) as served, served.streamed("/v1/completions", PROMPT) as lines:
+        assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["text"] == " SELECT"
+        engine.release()
+        assert "[DONE]" in list(lines)[-2]
 
 
 def test_the_requests_own_stop_replaces_the_contracts() -> None:
@@ -419,6 +418,37 @@ def test_refused_requests_leave_no_trace(served: Running) -> None:
     assert "tuneship_requests_running 0.0" in text
 
 
+def test_whatever_ends_a_request_leaves_nothing_open() -> None:
+    """V10 in small: answers, refusals, broken requests, and clients that leave at any moment."""
+    engine = StubEngine([" x"] * 20)
+    good = json.dumps(PROMPT).encode()
+    requests = [
+        raw_post("/v1/completions", good),
+        raw_post("/v1/completions", json.dumps({**PROMPT, "stream": True}).encode()),
+        raw_post("/v1/completions", b"{"),
+        b"BROKEN\r\n\r\n",
+        get("/health"),
+    ]
+    with running(engine) as served:
+        open_before = open_files()
+        for number in range(300):
+            request = requests[number % len(requests)]
+            if number % 2:
+                exchange(served, request)
+            else:
+                with served.connect() as connection:
+                    connection.sendall(request[: 1 + number * 7 % len(request)])
+        engine.wait_running(0)
+        wait_for_waiting(served, 0)
+        deadline = time.monotonic() + WAIT_S
+        while open_files() > open_before:
+            assert time.monotonic() < deadline, f"{open_before} files before, {open_files()} after"
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
 # --- V5, V8: the engine -----------------------------------------------------------------------
 
 
@@ -591,19 +621,17 @@ def test_a_slow_reader_is_waited_for() -> None:
 def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
     engine = StubEngine(hold=1)
     with running(engine) as served:
-        with served.client() as client:
-            with client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as answer:
-                lines = answer.iter_lines()
-                next(lines)
-                served.server.stop()
-                wait_for_drain(served)
-                refused = served.post("/v1/completions", PROMPT)
-                assert_error(refused.status_code, refused.content, "draining")
-                assert (refused.status_code, refused.headers["connection"]) == (503, "close")
-                assert served.get("/health").status_code == 503
-                assert served.get("/health?live").status_code == 200
-                engine.release()
-                assert "data: [DONE]" in list(lines)
+        with served.streamed("/v1/completions", PROMPT) as lines:
+            next(lines)
+            served.server.stop()
+            wait_for_drain(served)
+            refused = served.post("/v1/completions", PROMPT)
+            assert_error(refused.status_code, refused.content, "draining")
+            assert (refused.status_code, refused.headers["connection"]) == (503, "close")
+            assert served.get("/health").status_code == 503
+            assert served.get("/health?live").status_code == 200
+            engine.release()
+            assert "data: [DONE]" in list(lines)
         assert served.ended.wait(WAIT_S)
     assert served.error is None
 

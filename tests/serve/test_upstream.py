@@ -53,10 +53,10 @@ def test_answers_come_through() -> None:
 
 def test_a_contracts_prompts_go_as_token_ids() -> None:
     asked: list[bytes] = []
-    with canned(sse({"index": 0, "text": " 1", "finish_reason": "stop"}), asked) as url:
-        with running(Upstream(url, ["stub"])) as served:
-            wait_ready(served)
-            assert served.post("/ask", {"question": "a"}).json() == {"answer": "1"}
+    answer = sse({"index": 0, "text": " 1", "finish_reason": "stop"})
+    with canned(answer, asked) as url, running(Upstream(url, ["stub"])) as served:
+        wait_ready(served)
+        assert served.post("/ask", {"question": "a"}).json() == {"answer": "1"}
     body = json.loads(next(request for request in asked if request.startswith(b"POST")).partition(b"\r\n\r\n")[2])
     assert "".join(map(chr, body["prompt"])) == "Question: a\nContext: \nAnswer:"
     assert body["stop"] == ["\nQuestion:", "\nContext:"]
@@ -65,18 +65,16 @@ def test_a_contracts_prompts_go_as_token_ids() -> None:
 
 def test_tokens_come_as_they_are_made() -> None:
     engine = StubEngine(hold=1)
-    with through(engine) as served, served.client() as client:
-        with client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as answer:
-            lines = answer.iter_lines()
-            assert "SELECT" in next(lines)
-            engine.release()
-            assert "data: [DONE]" in list(lines)
+    with through(engine) as served, served.streamed("/v1/completions", PROMPT) as lines:
+        assert "SELECT" in next(lines)
+        engine.release()
+        assert "data: [DONE]" in list(lines)
 
 
 def test_who_leaves_ends_the_generation_there_too() -> None:
     engine = StubEngine(hold=1)
     with through(engine) as served:
-        with served.client() as client, client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}):
+        with served.streamed("/v1/completions", PROMPT):
             engine.wait_running(1)
         engine.wait_running(0)
 
@@ -91,10 +89,13 @@ def test_a_deadline_ends_the_generation_there_too() -> None:
 def test_the_engines_key_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text("0123456789abcdef\n")
-    with running(contracts={}, keys=KeyFile(file)) as inner:
-        with running(Upstream(inner.url + "/v1/", key=KeyFile(file)), contracts={}) as served:
-            wait_ready(served)
-            assert served.post("/v1/completions", PROMPT).status_code == 200
+    keys = KeyFile(file)
+    with (
+        running(contracts={}, keys=keys) as inner,
+        running(Upstream(inner.url + "/v1/", key=keys), contracts={}) as served,
+    ):
+        wait_ready(served)
+        assert served.post("/v1/completions", PROMPT).status_code == 200
 
 
 def test_metrics_of_the_engine_come_behind_ours() -> None:

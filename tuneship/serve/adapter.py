@@ -40,7 +40,12 @@ class Tokens:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise InputError("no tokenizer beside the adapter", where=str(file), fix="restore the adapter's folder")
-        self._tokenizer = Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers knows no other
+            raise InputError(
+                f"the tokenizer cannot be read: {error}", where=str(file), fix="restore the adapter's folder"
+            ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         config: dict[str, Any] = read_json(folder / "tokenizer_config.json")

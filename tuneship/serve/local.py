@@ -21,11 +21,12 @@ import torch
 from tuneship import model as models
 from tuneship import prompt
 from tuneship.base import BaseFiles
+from tuneship.console import say
 from tuneship.generation import Event, Generator, Request
 from tuneship.kernels import cpu
 from tuneship.model import LoadedModel
 from tuneship.serve.adapter import Adapter
-from tuneship.serve.engine import Piece, Usage, Wanted
+from tuneship.serve.engine import Piece, Usage, Wanted, settle
 from tuneship.serve.shapes import ApiError
 
 # Far more than a step takes: 1,024 tokens of prompt on a slow CPU are seconds.
@@ -140,7 +141,9 @@ class LocalEngine:
             model = load(self._adapter, self._files)
             generator = Generator(model, slots=self._slots, length=self._length)
             _warm(generator)
+            settle()
             self._loaded = True
+            say(f"{self._adapter.name} is loaded")
             self._run(generator)
         except BaseException as error:
             self.failure = error

@@ -27,7 +27,7 @@ from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.recipe import Serve
 from tuneship.serve import adapter as adapters
 from tuneship.serve.adapter import Adapter, Contract
-from tuneship.serve.engine import Engine
+from tuneship.serve.engine import Engine, settle
 from tuneship.serve.gateway import Gateway
 from tuneship.serve.keys import KeyFile
 from tuneship.serve.limits import Limits
@@ -87,8 +87,9 @@ def serve(
             keys=keys,
             local_only=keys is None and not no_auth,
         )
-        say(f"{', '.join(contracts) or engine_url} at {address(listening)} (ctrl-C ends it)")
-        Server(gateway, engine, listening, limits).run()
+        server = Server(gateway, engine, listening, limits)
+        say(f"serving {', '.join(contracts) or 'every model'} at {address(listening)} (ctrl-C ends it)")
+        server.run()
 
 
 def _engine(
@@ -205,6 +206,7 @@ class Server:
     async def _run(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self._engine.start()
+        settle()
         watching = asyncio.create_task(self._watch())
         try:
             await self._uvicorn.serve(sockets=[self._listening])
@@ -228,6 +230,7 @@ class Server:
 
     def _drain(self, seconds: float) -> None:
         if self._draining is None:
+            say("stopping: running requests are finished (once more to stop at once)")
             self._draining = asyncio.create_task(self._drained(seconds))
         else:
             self._uvicorn.should_exit = self._uvicorn.force_exit = True

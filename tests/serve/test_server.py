@@ -1,0 +1,173 @@
+"""serve as a process: what it refuses before it starts, and how it ends."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from kit import WAIT_S, StubEngine, running
+
+from tuneship.errors import InputError, OutsideError
+from tuneship.recipe import Serve
+from tuneship.serve.server import listen, serve
+
+PROMPT = {"prompt": "one?"}
+
+
+def settings(**changes: object) -> Serve:
+    return Serve(port=0).model_copy(update=changes)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+def test_a_taken_port_is_told(taken: int) -> None:
+    with pytest.raises(OutsideError, match="the port is taken") as caught:
+        serve([], settings=settings(port=taken), engine_url="http://127.0.0.1:9")
+    assert caught.value.where == f"127.0.0.1:{taken}"
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "999.0.0.1"])
+def test_an_address_that_is_not_here_is_told(host: str) -> None:
+    with pytest.raises(InputError):
+        listen(host, 0)
+
+
+def test_a_missing_key_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OutsideError, match="API keys is missing"):
+        serve([], engine_url="http://127.0.0.1:9", api_key_file=tmp_path / "keys")
+
+
+def test_no_adapter_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no adapter and no model here"):
+        serve([tmp_path])
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com"])
+def test_others_may_ask_only_with_keys_or_a_word(host: str) -> None:
+    with pytest.raises(InputError, match="without API keys only this machine may ask"):
+        serve([], settings=settings(host=host), engine_url="http://127.0.0.1:9")
+
+
+def test_contradictions_are_told(tmp_path: Path, made_adapter: Path) -> None:
+    (tmp_path / "keys").write_text("0123456789abcdef")
+    with pytest.raises(InputError, match="exclude each other"):
+        serve([], engine_url="http://x", api_key_file=tmp_path / "keys", no_auth=True)
+    with pytest.raises(InputError, match="begins with http"):
+        serve([], settings=settings(), engine_url="x:80")
+    with pytest.raises(InputError, match="--base has no effect"):
+        serve([], settings=settings(), engine_url="http://x", base="y")
+    with pytest.raises(InputError, match="no effect without its URL"):
+        serve([made_adapter], settings=settings(), engine_key_file=tmp_path / "keys")
+    with pytest.raises(InputError, match="serves one folder, not 0"):
+        serve([], settings=settings())
+    with pytest.raises(InputError, match="have one name"):
+        serve([made_adapter, made_adapter], settings=settings(), engine_url="http://x")
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve` as the command line calls it; yields the process and its URL."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tuneship.recipe import Serve\n"
+        "from tuneship.errors import TuneshipError\nfrom tuneship.serve.server import serve\n"
+        "try:\n    " + "; ".join(arguments) + "\n"
+        "except TuneshipError as error:\n    print(error, file=sys.stderr); sys.exit(error.exit_code)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stderr is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+(?= \()", child.stderr.readline())
+        assert url is not None
+        yield child, url[0]
+    finally:
+        child.kill()
+        child.wait(WAIT_S)
+        child.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_stream_end(number: signal.Signals) -> None:
+    engine = StubEngine(hold=1)
+    with (
+        running(engine, contracts={}) as inner,
+        process(f"serve([], settings=Serve(port=0), engine_url={inner.url!r})") as (child, url),
+        httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client,
+    ):
+        while client.get("/health").status_code != 200:
+            pass
+        with client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            assert "SELECT" in next(lines)
+            child.send_signal(number)
+            while client.get("/health").json().get("error", {}).get("code") != "draining":
+                pass
+            assert client.post("/v1/completions", json=PROMPT).status_code == 503
+            engine.release()
+            assert "data: [DONE]" in list(lines)
+        assert child.wait(WAIT_S) == 0
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    engine = StubEngine(hold=1)
+    with (
+        running(engine, contracts={}) as inner,
+        process(f"serve([], settings=Serve(port=0), engine_url={inner.url!r})") as (child, url),
+        httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client,
+    ):
+        while client.get("/health").status_code != 200:
+            pass
+        with client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as answer:
+            next(answer.iter_lines())
+            child.send_signal(signal.SIGTERM)
+            while client.get("/health").json().get("error", {}).get("code") != "draining":
+                pass
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(WAIT_S) == 0
+        engine.wait_running(0)
+
+
+def test_a_folder_is_served_and_its_failure_told(tiny_adapter: Path) -> None:
+    with process(f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0))") as (child, url):
+        with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
+            while client.get("/health").status_code != 200:
+                pass
+            answer = client.post("/generate", json={"prompt": "Question:", "max_tokens": 4})
+            assert answer.json()["predictions"][0].startswith("Prompt:\nQuestion:\nOutput:\n")
+            client.post("/generate", json={"prompt": "the private prompt", "max_tokens": 4})
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(WAIT_S) == 0
+        assert child.stderr is not None
+        text = child.stderr.read()
+        assert '"route":"/generate"' in text
+        assert "private" not in text
+        assert "Traceback" not in text
+
+
+def test_a_signal_while_loading_ends_it(tiny_adapter: Path) -> None:
+    with process(f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0))") as (child, url):
+        assert httpx.get(url + "/health?live", trust_env=False).status_code == 200
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(WAIT_S) == 0
+
+
+def test_a_model_that_does_not_load_is_one_message(tiny_adapter: Path) -> None:
+    weights = tiny_adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with process(f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0))") as (child, _):
+        assert child.wait(WAIT_S) == 1
+        assert child.stderr is not None
+        text = child.stderr.read()
+        assert "the engine died: SafetensorError" in text
+        assert "Traceback" not in text
