@@ -13,16 +13,9 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ('command     = "gke-gcloud-auth-plugin"', 'cmd = "gke-gcloud-auth-plugin"'),
     ],
     rules.everything_is_pinned: [
-        # The tutorial: modules without a ref, versions with >=, a manifest fetched over HTTP.
-        ('version = "6.50.0"', 'version = ">= 6.0"'),
         ('  version          = "1.0.18"\n', ""),
-        ('data "google_project" "this"', 'data "http" "this"'),
-        ('"v4.0.6"', '"latest"'),
     ],
     rules.services_are_enabled_first: [
-        # The tutorial: sqladmin and artifactregistry are not enabled, nothing waits.
-        ('    "sqladmin.googleapis.com",\n', ""),
-        ('    "artifactregistry.googleapis.com",\n', ""),
         (
             '  routing_mode            = "REGIONAL"\n\n  depends_on = [google_project_service.enabled]',
             "",
@@ -30,10 +23,8 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ("disable_on_destroy = false", "disable_on_destroy = true"),
     ],
     rules.rights_are_the_listed_ones: [
-        # The tutorial: a storage role on the project, an authoritative binding on the repository.
         ('"roles/storage.objectUser"', '"roles/storage.admin"'),
         ('"roles/logging.logWriter"', '"roles/editor"'),
-        ('"roles/logging.logWriter"', '"roles/storage.objectUser"'),
         (
             'resource "google_artifact_registry_repository_iam_member" "nodes_reader"',
             'resource "google_artifact_registry_repository_iam_binding" "nodes_reader"',
@@ -67,8 +58,6 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ),
     ],
     rules.no_secret_in_the_state: [
-        # The tutorial: random_password and the user's password, both in the state.
-        ('ephemeral "random_password" "database"', 'resource "random_password" "database"'),
         ("password_wo         = ephemeral", "password            = ephemeral"),
         ("secret_data_wo         = ephemeral", "secret_data = ephemeral"),
         ('data "google_project" "this"', 'data "google_client_config" "this"'),
@@ -86,9 +75,6 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ('mode = "LIMITED"', 'mode = "ENABLED"'),
     ],
     rules.node_pools_are_hardened: [
-        # The tutorial: a machine with two L4s in a pool that says one, and no A100 at all.
-        ('machine_type     = "g2-standard-16"', 'machine_type     = "g2-standard-24"'),
-        ('accelerator_type = "nvidia-tesla-a100"', 'accelerator_type = "nvidia-l4"'),
         ('image_type      = "COS_CONTAINERD"', 'image_type = "UBUNTU_CONTAINERD"'),
         ("total_min_node_count = 0", "total_min_node_count = 1"),
         (
@@ -105,8 +91,6 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ("depends_on = [google_service_networking_connection.private_services]", ""),
     ],
     rules.bucket_is_guarded: [
-        # The tutorial: force_destroy.
-        ("force_destroy = !var.deletion_protection", "force_destroy = true"),
         ('public_access_prevention    = "enforced"', 'public_access_prevention = "inherited"'),
         ("uniform_bucket_level_access = true", "uniform_bucket_level_access = false"),
         ("matches_prefix = [local.checkpoint_prefix]", "matches_prefix = []"),
@@ -126,8 +110,6 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ("  deny {", "  allow {"),
     ],
     rules.argo_is_narrow: [
-        # The tutorial: --auth-mode=server.
-        ('authModes          = ["client"]', 'authModes          = ["server"]'),
         ("singleNamespace      = true", "singleNamespace      = false"),
         ('verbs     = ["get", "list", "watch"]', 'verbs     = ["*"]'),
         ('resources = ["configmaps"]', 'resources = ["configmaps", "secrets"]'),
@@ -143,8 +125,6 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ('"v4.0.6"', '"v4.0.7"'),
     ],
     rules.names_do_not_collide: [
-        # The tutorial: the bucket is called as everything else.
-        ("    random_id.bucket.hex,\n", '    "bucket",\n'),
         ("    random_id.database.hex,\n", '    "database",\n'),
     ],
     rules.everything_is_labelled: [
@@ -156,7 +136,6 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
         ('app        = "tuneship"', ""),
     ],
     rules.tearing_down_takes_one_switch: [
-        # The tutorial: deletion_protection = false.
         (
             "deletion_protection = var.deletion_protection\n  resource_labels",
             "deletion_protection = false\n  resource_labels",
@@ -186,4 +165,57 @@ BROKEN: dict[rules.Rule, list[tuple[str, str]]] = {
             '  description = "Name of the bucket"\n  sensitive = true',
         ),
     ],
+}
+
+# What the tutorial's own Terraform does (ai-on-gke/tutorials-and-examples, metaflow/terraform), one test each.
+TUTORIAL: dict[str, tuple[rules.Rule, str, str]] = {
+    "versions-with-at-least": (rules.everything_is_pinned, 'version = "6.50.0"', 'version = ">= 1.7.0"'),
+    "manifest-over-http": (rules.everything_is_pinned, 'data "google_project" "this"', 'data "http" "this"'),
+    "image-latest": (rules.everything_is_pinned, '"v4.0.6"', '"latest"'),
+    "argo-acts-with-its-own-rights": (rules.argo_is_narrow, '["client"]', '["server"]'),
+    "sqladmin-not-enabled": (rules.services_are_enabled_first, '    "sqladmin.googleapis.com",\n', ""),
+    "artifactregistry-not-enabled": (rules.services_are_enabled_first, '    "artifactregistry.googleapis.com",\n', ""),
+    "nothing-waits-for-the-apis": (
+        rules.services_are_enabled_first,
+        '"REGIONAL"\n\n  depends_on = [google_project_service.enabled]',
+        '"REGIONAL"',
+    ),
+    "bucket-named-as-everything": (rules.names_do_not_collide, "    random_id.bucket.hex,\n", '    "bucket",\n'),
+    "force-destroy": (rules.bucket_is_guarded, "force_destroy = !var.deletion_protection", "force_destroy = true"),
+    "storage-role-on-the-project": (
+        rules.rights_are_the_listed_ones,
+        '"roles/logging.logWriter"',
+        '"roles/storage.objectUser"',
+    ),
+    "authoritative-binding": (
+        rules.rights_are_the_listed_ones,
+        '_iam_member" "nodes_reader"',
+        '_iam_binding" "nodes_reader"',
+    ),
+    "password-in-the-state": (
+        rules.no_secret_in_the_state,
+        'ephemeral "random_password" "database"',
+        'resource "random_password" "database"',
+    ),
+    "public-nodes": (rules.clusters_are_hardened, "enable_private_nodes    = true", "enable_private_nodes    = false"),
+    "no-deletion-protection": (
+        rules.tearing_down_takes_one_switch,
+        "deletion_protection = var.deletion_protection",
+        "deletion_protection = false",
+    ),
+    "peering-blocks-destroy": (
+        rules.network_is_closed,
+        'deletion_policy = "ABANDON"\n\n  depends_on',
+        "depends_on",
+    ),
+    "two-l4s-in-a-pool-of-one": (
+        rules.node_pools_are_hardened,
+        'machine_type     = "g2-standard-16"',
+        'machine_type     = "g2-standard-24"',
+    ),
+    "no-a100-to-run-on": (
+        rules.node_pools_are_hardened,
+        'accelerator_type = "nvidia-tesla-a100"',
+        'accelerator_type = "nvidia-l4"',
+    ),
 }

@@ -20,7 +20,7 @@ import provider_schema
 import terraform_files as hcl
 import terraform_layout as layout
 import terraform_rules as rules
-from terraform_broken import BROKEN
+from terraform_broken import BROKEN, TUTORIAL
 
 FILES = sorted(path for path in hcl.TERRAFORM.iterdir() if path.suffix in (".tf", ".tfvars"))
 TEXT = "\n".join(hcl.texts())
@@ -44,9 +44,12 @@ def test_rule_holds(rule: rules.Rule) -> None:
 @pytest.mark.parametrize(
     ("rule", "old", "new"),
     [
-        pytest.param(rule, old, new, id=f"{rule.__name__}-{number}")
-        for rule, changes in BROKEN.items()
-        for number, (old, new) in enumerate(changes)
+        *(
+            pytest.param(rule, old, new, id=f"{rule.__name__}-{number}")
+            for rule, changes in BROKEN.items()
+            for number, (old, new) in enumerate(changes)
+        ),
+        *(pytest.param(*change, id=f"tutorial-{name}") for name, change in TUTORIAL.items()),
     ],
 )
 def test_rule_catches(rule: rules.Rule, old: str, new: str) -> None:
@@ -59,7 +62,7 @@ def test_rule_catches(rule: rules.Rule, old: str, new: str) -> None:
 
 
 def test_every_rule_was_seen_failing() -> None:
-    assert set(BROKEN) == set(rules.RULES)
+    assert {rule for rule, changes in BROKEN.items() if changes} == set(rules.RULES)
 
 
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -115,6 +118,12 @@ def test_layout_sees(text: str, fault: str) -> None:
 def test_layout_is_not_pedantic() -> None:
     text = 'a      = 1\nlonger = "b = 2 # no"\n\nc = [\n  1, # one\n]\nd = <<-EOT\n      any = indent\nEOT\n'
     assert layout.faults(text) == []
+
+
+def test_state_and_plans_are_not_committed() -> None:
+    ignored = (hcl.TERRAFORM / ".gitignore").read_text(encoding="utf-8").split("\n")
+    assert {".terraform/", "*.tfstate", "*.tfstate.*", "*.tfplan"} <= set(ignored)
+    assert ".terraform.lock.hcl" not in ignored, "the providers' checksums belong in a commit"
 
 
 # ── Schema ───────────────────────────────────────────────────────────────────────────────────────────────────
