@@ -10,9 +10,10 @@
       evaluation.json    base against tuned, and the gate
       report.html        the run as one page
 
-One process writes at a time (a lock); a folder belongs to one recipe. Files are replaced by
-rename, so a reader never sees half of one. metrics.jsonl only grows, except that a resumed run
-drops the lines after the checkpoint that it resumes from: every update is in it exactly once.
+One process writes at a time (a lock); once it is prepared, a folder belongs to one recipe. Files
+are replaced by rename, so a reader never sees half of one. metrics.jsonl only grows, except that a
+resumed run drops the lines after the checkpoint that it resumes from: every update is in it exactly
+once.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ _WEIGHTS = ("model", "data", "lora", "train")
 
 # How often a run is watched, not what it computes.
 _HARMLESS = {"train.logging_steps", "train.save_steps", "train.save_total_limit", "train.eval_steps"}
+
+# What prepare writes last: its presence means that the rows are there.
+PREPARED = "prepared.json"
+
+# What a kill may leave of a run that has just begun.
+_BEGUN = {".lock", ".recipe.json.partial"}
 
 
 class Run:
@@ -110,25 +117,30 @@ def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run
         InputError: the folder is no run, or belongs to another recipe.
         OutsideError: another process writes to it, or it cannot be written.
     """
-    if path.is_symlink():
-        raise InputError("a run's folder must not be a symbolic link", where=str(path), fix="name its target")
-    if fresh and (path / "recipe.json").exists():
-        with _lock(path):
-            stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-            path.rename(path.with_name(f"{path.name}.old-{stamp}"))
     file = path / "recipe.json"
-    if path.exists() and not path.is_dir():
-        raise InputError("a run needs a folder; this is a file", where=str(path), fix="name another with --run")
-    if path.is_dir() and not file.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
-        raise InputError(
-            "the folder is not empty and holds no run", where=str(path), fix="name an empty or new folder with --run"
-        )
     try:
+        if path.is_symlink():
+            raise InputError("a run's folder must not be a symbolic link", where=str(path), fix="name its target")
+        if fresh and file.exists():
+            with _lock(path):
+                stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+                path.rename(path.with_name(f"{path.name}.old-{stamp}"))
+        if path.exists() and not path.is_dir():
+            raise InputError("a run needs a folder; this is a file", where=str(path), fix="name another with --run")
+        if path.is_dir() and not file.exists() and not {entry.name for entry in path.iterdir()} <= _BEGUN:
+            raise InputError(
+                "the folder is not empty and holds no run",
+                where=str(path),
+                fix="name an empty or new folder with --run",
+            )
         path.mkdir(parents=True, exist_ok=True)
+    except TuneshipError:
+        raise
     except OSError as error:
         raise _refused(path, error) from error
     with _lock(path):
-        if file.exists():
+        if (path / "data" / PREPARED).exists() or (path / "metrics.jsonl").exists():
+            # Before that nothing is lost, and a recipe that was refused may be mended.
             _same_weights(validate(read_json(file), where=str(file)), recipe, path)
         try:
             write_json(file, recipe.model_dump(mode="json"))
@@ -230,10 +242,10 @@ def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
 def _lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.exists():
         return
-    with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.endswith(b"\n"):
+                yield _json(line, f"{file}:{number}")
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -279,10 +291,14 @@ def read_json(file: Path) -> Any:
     Raises:
         InputError: it is not JSON.
     """
+    return _json(file.read_bytes(), str(file))
+
+
+def _json(content: bytes, where: str) -> Any:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"not JSON: {error}", where=str(file)) from error
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}", where=where) from error
 
 
 def sha256_file(file: Path) -> str:

@@ -24,11 +24,10 @@ from tuneship.data.packing import Tokens
 from tuneship.data.rows import Row, Tally
 from tuneship.data.sources import Broken, RawRow
 from tuneship.errors import InputError
-from tuneship.journal import Run, code_facts, read_json, sha256_file, write_json, write_text
+from tuneship.journal import PREPARED, Run, code_facts, read_json, sha256_file, write_json, write_text
 from tuneship.prompt import Prompt
 from tuneship.recipe import Data, Recipe
 
-PREPARED = "prepared.json"
 EXAMPLES = 16
 BATCH = 1000
 
