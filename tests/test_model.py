@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from conftest import make_gemma2
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from samples import make_gemma2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneship import model as models

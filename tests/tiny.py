@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import make_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
+from samples import make_tokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
