@@ -11,237 +11,29 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from terraform_files import META_ARGUMENTS, META_BLOCKS, Block, Configuration, Expression, references
+from terraform_arguments import SCHEMA, arguments_are_the_providers
+from terraform_files import Block, Configuration, Expression, references
+from terraform_golden import (
+    ACCELERATORS,
+    AUTOPILOT,
+    BUCKET,
+    CLUSTER,
+    DATABASE,
+    POOL,
+    REGISTRY,
+    RIGHTS,
+    SERVICES,
+    STANDARD,
+    TUTORIAL_OUTPUTS,
+    TUTORIAL_VARIABLES,
+)
 
 Rule = Callable[[Configuration], None]
-
-SCHEMA: dict[str, Any] = json.loads((Path(__file__).parent / "provider_schema.json").read_text(encoding="utf-8"))
 
 # The names of the chart's values, from the source that the file names; `{}` is a value, or a map of anything.
 CHART: dict[str, Any] = json.loads((Path(__file__).parent / "argo_chart_values.json").read_text(encoding="utf-8"))
 
-# Every right that is given, in full. A line here is a decision.
-RIGHTS = {
-    "google_project_iam_member.nodes": ("roles/container.defaultNodeServiceAccount", "nodes"),
-    "google_project_iam_member.build_logs": ("roles/logging.logWriter", "build"),
-    "google_project_iam_member.metadata_database": ("roles/cloudsql.client", "metadata"),
-    "google_storage_bucket_iam_member.training": ("roles/storage.objectUser", "training"),
-    "google_storage_bucket_iam_member.metadata": ("roles/storage.objectViewer", "metadata"),
-    "google_storage_bucket_iam_member.serving": ("roles/storage.objectViewer", "serving"),
-    "google_storage_bucket_iam_member.build": ("roles/storage.objectViewer", "build"),
-    "google_artifact_registry_repository_iam_member.nodes_reader": ("roles/artifactregistry.reader", "nodes"),
-    "google_artifact_registry_repository_iam_member.build_writer": ("roles/artifactregistry.writer", "build"),
-    "google_secret_manager_secret_iam_member.training_hub_token": ("roles/secretmanager.secretAccessor", "training"),
-    "google_secret_manager_secret_iam_member.metadata_database_password": (
-        "roles/secretmanager.secretAccessor",
-        "metadata",
-    ),
-}
-
-# The service that has to be on for a resource, by the beginning of its type; the longest that fits.
-SERVICES = {
-    "google_artifact_registry_": "artifactregistry",
-    "google_compute_": "compute",
-    "google_container_": "container",
-    "google_project_iam_": "cloudresourcemanager",
-    "google_project_service": "serviceusage",
-    "google_secret_manager_": "secretmanager",
-    "google_service_account": "iam",
-    "google_service_networking_": "servicenetworking",
-    "google_sql_": "sqladmin",
-    "google_storage_": "storage",
-}
-
-# As in Google's own test of its safer-cluster module: what every cluster here must say.
-CLUSTER = {
-    "deletion_protection": Expression("var.deletion_protection"),
-    "resource_labels": Expression("local.labels"),
-    "release_channel.channel": "REGULAR",
-    "private_cluster_config.enable_private_nodes": True,
-    "private_cluster_config.enable_private_endpoint": Expression("var.private_cluster"),
-    "master_authorized_networks_config.gcp_public_cidrs_access_enabled": False,
-    "master_auth.client_certificate_config.issue_client_certificate": False,
-    "anonymous_authentication_config.mode": "LIMITED",
-    "rbac_binding_config.enable_insecure_binding_system_unauthenticated": False,
-    "rbac_binding_config.enable_insecure_binding_system_authenticated": False,
-    "control_plane_endpoints_config.dns_endpoint_config.allow_external_traffic": True,
-    "secret_manager_config.enabled": True,
-    "security_posture_config.mode": "BASIC",
-    "cost_management_config.enabled": True,
-    "ip_allocation_policy.cluster_secondary_range_name": "pods",
-    "ip_allocation_policy.services_secondary_range_name": "services",
-}
-AUTOPILOT = {
-    "enable_autopilot": True,
-    "cluster_autoscaling.auto_provisioning_defaults.service_account": Expression("google_service_account.nodes.email"),
-    "node_pool_auto_config.node_kubelet_config.insecure_kubelet_readonly_port_enabled": "FALSE",
-}
-STANDARD = {
-    "datapath_provider": "ADVANCED_DATAPATH",
-    "enable_intranode_visibility": True,
-    "enable_legacy_abac": False,
-    "enable_shielded_nodes": True,
-    "networking_mode": "VPC_NATIVE",
-    "remove_default_node_pool": True,
-    "workload_identity_config.workload_pool": Expression("local.workload_pool"),
-    "node_pool_defaults.node_config_defaults.insecure_kubelet_readonly_port_enabled": "FALSE",
-    "node_config.service_account": Expression("google_service_account.nodes.email"),
-    "node_config.shielded_instance_config.enable_secure_boot": True,
-}
-POOL = {
-    "management.auto_repair": True,
-    "management.auto_upgrade": True,
-    "node_config.image_type": "COS_CONTAINERD",
-    "node_config.service_account": Expression("google_service_account.nodes.email"),
-    "node_config.metadata": {"disable-legacy-endpoints": "true"},
-    "node_config.resource_labels": Expression("local.labels"),
-    "node_config.kubelet_config.insecure_kubelet_readonly_port_enabled": "FALSE",
-    "node_config.shielded_instance_config.enable_integrity_monitoring": True,
-    "node_config.workload_metadata_config.mode": "GKE_METADATA",
-}
-DATABASE = {
-    "database_version": "POSTGRES_15",
-    "deletion_protection": Expression("var.deletion_protection"),
-    "settings.deletion_protection_enabled": Expression("var.deletion_protection"),
-    "settings.edition": "ENTERPRISE",
-    "settings.connector_enforcement": "REQUIRED",
-    "settings.user_labels": Expression("local.labels"),
-    "settings.ip_configuration.ipv4_enabled": False,
-    "settings.ip_configuration.ssl_mode": "ENCRYPTED_ONLY",
-    "settings.ip_configuration.private_network": Expression("google_compute_network.main.id"),
-    "settings.backup_configuration.enabled": True,
-    "settings.backup_configuration.point_in_time_recovery_enabled": True,
-    "settings.backup_configuration.transaction_log_retention_days": 7,
-    "settings.password_validation_policy.enable_password_policy": True,
-}
-BUCKET = {
-    "uniform_bucket_level_access": True,
-    "public_access_prevention": "enforced",
-    "versioning.enabled": True,
-    "soft_delete_policy.retention_duration_seconds": 604800,
-    "force_destroy": Expression("!var.deletion_protection"),
-    "labels": Expression("local.labels"),
-}
-REGISTRY = {
-    "docker_config.immutable_tags": True,
-    "vulnerability_scanning_config.enablement_config": "INHERITED",
-    "labels": Expression("local.labels"),
-}
-
-# How many GPUs a machine comes with; Google refuses a pool that says otherwise.
-ACCELERATORS = {"g2-standard-16": 1, "g2-standard-24": 2, "a2-highgpu-1g": 1}
-
-TUTORIAL_VARIABLES = {
-    "project_id", "default_resource_name", "cluster_name", "cluster_location", "private_cluster", "autopilot_cluster",
-    "network_name", "subnetwork_name", "subnetwork_region", "subnetwork_cidr", "subnetwork_description",
-    "service_account_name", "bucket_name", "metaflow_cloudsql_instance", "metaflow_cloudsql_instance_region",
-    "metaflow_kubernetes_namespace", "metaflow_kubernetes_service_account_name", "metaflow_argo_workflows_sa_name",
-}  # fmt: skip
-TUTORIAL_OUTPUTS = {
-    "argo_workflows_k8s_sa_name", "cloudsql_instance_name", "finetune_image_registry_name", "gke_cluster_location",
-    "gke_cluster_name", "metaflow_datastore_bucket_name", "metaflow_k8s_namespace", "metaflow_k8s_sa_name",
-    "project_id",
-}  # fmt: skip
-
-
-# ── The provider's schema ────────────────────────────────────────────────────────────────────────────────────
-
-
-def arguments_are_the_providers(configuration: Configuration) -> None:
-    """Every argument, block and exported attribute exists in the pinned version; what is required is given."""
-    wrong = []
-    for kind, address, block in configuration.everything():
-        if address[0] != "terraform_data":  # Terraform's own
-            schema = SCHEMA[kind].get(address[0])
-            if schema is None:
-                wrong.append(
-                    f"{kind} {address[0]}: not in provider_schema.json: write it again, see provider_schema.py"
-                )
-            else:
-                wrong += [f"{kind} {'.'.join(address)}: {one}" for one in _misfits(schema, block, "")]
-    wrong += _unknown_attributes(configuration)
-    assert not wrong, "\n".join(wrong)
-
-
-def _misfits(schema: dict[str, Any], block: Block, path: str) -> Iterator[str]:
-    for name, value in block.arguments.items():
-        if name not in META_ARGUMENTS and name != "__for_each__":
-            if name not in schema["arguments"]:
-                yield f"no argument {path}{name}"
-            else:
-                kind = schema["arguments"][name]["type"]
-                if _literal(value) and not _fits(kind, value):
-                    yield f"{path}{name} = {value!r} is no {kind}"
-    for name, inner in block.blocks.items():
-        if name in META_BLOCKS:
-            continue
-        if name not in schema["blocks"]:
-            yield f"no block {path}{name}"
-        elif "unopened" in schema["blocks"][name]:
-            yield f"{path}{name} is not in provider_schema.json: write it again, see provider_schema.py"
-        else:
-            if len(inner) > 1 and not schema["blocks"][name].get("repeated"):
-                yield f"{len(inner)} blocks {path}{name}, one is allowed"
-            for one in inner:
-                yield from _misfits(schema["blocks"][name], one, f"{path}{name}.")
-    given = set(block.arguments) | set(block.blocks)
-    for name, declared in (*schema["arguments"].items(), *schema["blocks"].items()):
-        if declared.get("required") and name not in given:
-            yield f"{path}{name} is required"
-
-
-def _literal(value: Any) -> bool:
-    return not isinstance(value, Expression)
-
-
-def _fits(kind: Any, value: Any) -> bool:
-    if kind == "string":
-        return isinstance(value, str)
-    if kind == "bool":
-        return isinstance(value, bool)
-    if kind == "number":
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind[0] in ("list", "set"):
-        return isinstance(value, list) and all(not _literal(one) or _fits(kind[1], one) for one in value)
-    if kind[0] == "map":
-        return isinstance(value, dict) and all(not _literal(one) or _fits(kind[1], one) for one in value.values())
-    optional = kind[2] if len(kind) > 2 else []
-    return (
-        isinstance(value, dict)
-        and set(value) <= set(kind[1])
-        and set(kind[1]) - set(optional) <= set(value)
-        and all(not _literal(one) or _fits(kind[1][name], one) for name, one in value.items())
-    )
-
-
-def _unknown_attributes(configuration: Configuration) -> Iterator[str]:
-    pattern = re.compile(r"\b(google_\w+|helm_\w+|random_\w+)\.(\w+)(?:\[[^\]]*\])?(?:\.(\w+))?")
-    blocks = [block for _, _, block in configuration.everything()]
-    blocks += [*configuration.outputs.values(), *configuration.variables.values(), Block(configuration.locals)]
-    for text in {value for block in blocks for value in block.values() if isinstance(value, Expression)}:
-        for kind, name, attribute in pattern.findall(text):
-            scope = next(
-                (
-                    scope
-                    for scope in ("resource", "data", "ephemeral")
-                    if (kind, name) in _addresses(configuration, scope)
-                ),
-                None,
-            )
-            if scope is None:
-                yield f"{kind}.{name} does not exist"
-            elif attribute:
-                schema = SCHEMA[scope].get(kind)
-                if schema and attribute not in schema["arguments"] | schema["blocks"] | schema["exports"]:
-                    yield f"{kind}.{name} has no attribute {attribute}"
-
-
-def _addresses(configuration: Configuration, scope: str) -> dict[tuple[str, str], Block]:
-    return {
-        "resource": configuration.resources,
-        "data": configuration.data,
-        "ephemeral": configuration.ephemerals,
-    }[scope]
+# ── Versions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def everything_is_pinned(configuration: Configuration) -> None:
