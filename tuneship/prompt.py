@@ -17,7 +17,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
+
+from pydantic import BaseModel, Field, StringConstraints, ValidationError
 
 from tuneship.errors import InputError
 
@@ -120,30 +122,30 @@ def read(folder: Path) -> Prompt:
     """The contract beside an adapter.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or it is damaged.
     """
     contract = _contract(folder)
-    return Prompt(template=contract["template"], stop=tuple(contract["stop"]))
+    return Prompt(template=contract.template, stop=contract.stop)
 
 
 def verify(folder: Path, tokenizer: Tokenizer) -> None:
     """Holds a tokenizer against the contract's golden prompts.
 
     Raises:
-        InputError: it makes other token ids than training saw.
+        InputError: it makes other token ids than training saw; or the contract is missing or damaged.
     """
     contract = _contract(folder)
-    if contract["tokenizer_sha256"] != tokenizer_sha256(folder):
+    if contract.tokenizer_sha256 != tokenizer_sha256(folder):
         raise InputError(
             "the tokenizer is not the one that the adapter was trained with",
             where=str(folder / "tokenizer.json"),
             fix="restore the adapter's folder as it was published",
         )
-    texts = [golden["prompt"] for golden in contract["goldens"]]
-    for golden, ids in zip(contract["goldens"], encode(tokenizer, texts, start=True), strict=True):
-        if golden["token_ids"] != ids:
+    texts = [golden.prompt for golden in contract.goldens]
+    for golden, ids in zip(contract.goldens, encode(tokenizer, texts, start=True), strict=True):
+        if golden.token_ids != ids:
             raise InputError(
-                f"the tokenizer makes other tokens than training saw, for the golden prompt {golden['prompt']!r:.60}",
+                f"the tokenizer makes other tokens than training saw, for the golden prompt {golden.prompt!r:.60}",
                 where=str(folder / FILE),
                 fix="load the tokenizer from the adapter's folder",
             )
@@ -155,13 +157,30 @@ def tokenizer_sha256(folder: Path) -> str:
     return hashlib.sha256(file.read_bytes() if file.exists() else b"").hexdigest()
 
 
-def _contract(folder: Path) -> dict[str, Any]:
+class _Golden(BaseModel):
+    prompt: str
+    token_ids: list[int]
+
+
+class _Contract(BaseModel):
+    """What prompt.json must hold."""
+
+    template: Annotated[str, StringConstraints(pattern=r"^[\s\S]*\{answer\}$")]
+    stop: tuple[Annotated[str, Field(min_length=1)], ...]
+    tokenizer_sha256: str
+    goldens: Annotated[list[_Golden], Field(min_length=1)]
+
+
+def _contract(folder: Path) -> _Contract:
+    file = folder / FILE
+    fix = "use an adapter folder made by tuneship train"
     try:
-        contract: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        return _Contract.model_validate_json(file.read_bytes(), strict=True)
     except FileNotFoundError:
+        raise InputError("no prompt contract beside the adapter", where=str(file), fix=fix) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
         raise InputError(
-            "no prompt contract beside the adapter",
-            where=str(folder / FILE),
-            fix="use an adapter folder made by tuneship train",
+            f"the prompt contract is damaged: {place + ': ' if place else ''}{first['msg']}", where=str(file), fix=fix
         ) from None
-    return contract
