@@ -1,0 +1,169 @@
+"""The fused operations of a Gemma 2 layer, written out in plain torch.
+
+They say what `fused` computes, run where there is no GPU, and are what the GPU's kernels are tested
+against. Every function takes and gives tensors of packed tokens: (tokens, width).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+# Largest number of e4m3 (OCP 8-bit floating point specification, table 1).
+FP8_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix whose rows meet a frozen weight: as it is, and in fp8 where the weight is fp8."""
+
+    plain: Tensor
+    quantised: Tensor | None = None
+    scale: Tensor | None = None
+    """(rows, 1), float32: plain ≈ quantised · scale."""
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix in e4m3 with one scale a row."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / FP8_MAX
+    return (x / scale).to(FP8), scale
+
+
+def rows(x: Tensor, fp8: bool) -> Rows:
+    """A matrix, quantised too if wanted."""
+    return Rows(x, *quantise(x)) if fp8 else Rows(x)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, fp8: bool) -> tuple[Rows, Tensor]:
+    """Gemma's RMS norm, x / rms(x) · (1 + weight); and 1 / rms(x), (tokens,)."""
+    r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return rows((x.float() * r * (1.0 + weight.float())).to(x.dtype), fp8), r[:, 0]
+
+
+def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """residual + norm(x); and 1 / rms(x)."""
+    normed, r = norm(x, weight, eps, False)
+    return residual + normed.plain, r
+
+
+def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None, fp8: bool) -> Rows:
+    """Gradient of the norm's input, plus `add`."""
+    g = dy.float() * (1.0 + weight.float())
+    unit = x.float() * r[:, None]
+    dx = r[:, None] * (g - unit * (g * unit).mean(-1, keepdim=True))
+    if add is not None:
+        dx = dx + add.float()
+    return rows(dx.to(x.dtype), fp8)
+
+
+def gelu(gate_up: Tensor, fp8: bool) -> Rows:
+    """gelu(gate) · up, with the tanh form of gelu, of (tokens, 2 · width)."""
+    gate, up = gate_up.float().chunk(2, -1)
+    return rows((torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype), fp8)
+
+
+def gelu_backward(dy: Tensor, gate_up: Tensor, fp8: bool) -> Rows:
+    """Gradient of (gate, up), (tokens, 2 · width)."""
+    gate, up = gate_up.float().chunk(2, -1)
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate.pow(3))
+    t = torch.tanh(inner)
+    slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * gate.pow(2))
+    dgate, dup = dy.float() * up * slope, dy.float() * 0.5 * gate * (1 + t)
+    return rows(torch.cat([dgate, dup], -1).to(gate_up.dtype), fp8)
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False, fp8: bool = False) -> Rows:
+    """Rotary embedding of the first `heads` heads of (tokens, all heads · head_dim); `back` undoes it.
+
+    Args:
+        cos, sin: (tokens, head_dim / 2), float32.
+    """
+    half = cos.shape[-1]
+    width = heads * 2 * half
+    turned = qkv[:, :width].float().view(len(qkv), heads, 2, half)
+    a, b = turned[:, :, 0], turned[:, :, 1]
+    c, s = cos[:, None], -sin[:, None] if back else sin[:, None]
+    out = torch.stack([a * c - b * s, b * c + a * s], 2).reshape(len(qkv), width).to(qkv.dtype)
+    return rows(torch.cat([out, qkv[:, width:]], -1), fp8)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where the row of each token begins and ends."""
+
+    first: Tensor
+    """(tokens,), int32: the first token of its row."""
+    last: Tensor
+    """(tokens,), int32: one past the last."""
+
+
+def attend(
+    qkv: Tensor, bounds: Bounds, shape: tuple[int, int, int], scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention inside each row.
+
+    Args:
+        qkv: (tokens, (heads + 2 · kv_heads) · head_dim), rotated.
+        shape: (heads, kv_heads, head_dim).
+
+    Returns:
+        (tokens, heads · head_dim), and the log of each softmax's denominator, (heads, tokens).
+    """
+    q, k, v = _heads(qkv, shape)
+    scores = _scores(q, k, bounds, scale, softcap, window)[0]
+    lse = scores.logsumexp(-1)
+    out = (scores - lse[..., None]).exp().to(v.dtype) @ v
+    return out.transpose(0, 1).reshape(len(qkv), -1), lse
+
+
+def attend_backward(
+    do: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    bounds: Bounds,
+    shape: tuple[int, int, int],
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Gradient of qkv."""
+    heads, kv_heads, head_dim = shape
+    q, k, v = _heads(qkv, shape)
+    scores, slope = _scores(q, k, bounds, scale, softcap, window)
+    p = (scores - lse[..., None]).exp()
+    do_heads = do.view(len(do), heads, head_dim).transpose(0, 1).float()
+    out_heads = out.view(len(out), heads, head_dim).transpose(0, 1).float()
+    delta = (do_heads * out_heads).sum(-1, keepdim=True)
+    ds = p * (do_heads @ v.float().transpose(-1, -2) - delta) * slope * scale
+    dq = ds @ k.float()
+    dk = (ds.transpose(-1, -2) @ q.float()).view(kv_heads, -1, *q.shape[1:]).sum(1)
+    dv = (p.transpose(-1, -2) @ do_heads).view(kv_heads, -1, *q.shape[1:]).sum(1)
+    return torch.cat([x.transpose(0, 1).reshape(len(qkv), -1) for x in (dq, dk, dv)], -1).to(qkv.dtype)
+
+
+def _heads(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(heads, tokens, head_dim) each, keys and values repeated for their heads."""
+    heads, kv_heads, head_dim = shape
+    q, k, v = qkv.view(len(qkv), -1, head_dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    return q, k.repeat_interleave(heads // kv_heads, 0), v.repeat_interleave(heads // kv_heads, 0)
+
+
+def _scores(
+    q: Tensor, k: Tensor, bounds: Bounds, scale: float, softcap: float | None, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Masked scores, and the slope of the cap."""
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    slope = torch.ones_like(scores)
+    if softcap is not None:
+        bend = torch.tanh(scores / softcap)
+        scores, slope = softcap * bend, 1 - bend * bend
+    at = torch.arange(q.shape[1], device=q.device)
+    seen = (at[None] <= at[:, None]) & (at[None] >= bounds.first[:, None])
+    if window is not None:
+        seen &= at[None] > at[:, None] - window
+    return scores.masked_fill(~seen, float("-inf")), slope
