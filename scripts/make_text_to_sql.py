@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 from text_to_sql.rows import Row, make_rows, split_of  # noqa: E402  # the path is set above
-
 from tuneship.database import SEEDS, SqlError, fill, is_telling, run  # noqa: E402  # as above
 
 FOLDER = ROOT / "tuneship" / "data" / "text_to_sql"
@@ -80,10 +79,10 @@ def failure(row: Row) -> str:
 
 
 def counts(rows: Sequence[Row]) -> str:
-    """The data card's tables: rows by shape and split, domains, rare wordings, lengths."""
+    """The data card's tables: rows by shape and split, domains, unseen wordings, lengths."""
     by_shape = Counter((row.shape, split_of(row.domain)) for row in rows)
     domains = Counter(map(split_of, {row.domain for row in rows}))
-    rare = Counter(split_of(row.domain) for row in rows if row.wording == "rare")
+    unseen = Counter(split_of(row.domain) for row in rows if row.wording == "unseen")
     lines = ["| shape | asks for | train | validation | test | all | share |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|")
     for shape, meaning in MEANINGS.items():
@@ -93,7 +92,7 @@ def counts(rows: Sequence[Row]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for name, count in (
         ("all rows", Counter(split_of(row.domain) for row in rows)),
-        ("of these with rare wording", rare),
+        ("of these with unseen wording", unseen),
         ("domains", domains),
     ):
         cells = ["", name, *(count[split] for split in SPLITS), count.total(), ""]

@@ -20,9 +20,7 @@ from tuneship.database import SEEDS, fill, is_telling, run
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "tuneship" / "data" / "text_to_sql"
 Row = dict[str, str]
-ROWS: list[Row] = [
-    json.loads(line) for line in (FOLDER / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-]
+ROWS: list[Row] = [json.loads(line) for line in (FOLDER / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
 SHAPES = set(
     re.findall(
         r"\w+",
@@ -63,7 +61,7 @@ def test_each_row_has_the_six_columns_and_fits() -> None:
     for row in ROWS:
         assert list(row) == names
         assert all(isinstance(v, str) and v and v == v.strip() for v in row.values())
-        assert row["shape"] in SHAPES and row["wording"] in ("common", "rare")
+        assert row["shape"] in SHAPES and row["wording"] in ("seen", "unseen")
         assert len(row["question"]) + len(row["context"]) + len(row["answer"]) <= 700
 
 
@@ -98,10 +96,10 @@ def test_shapes_are_mixed_as_intended() -> None:
     assert max(share.values()) < 0.12 and min(share.values()) > 0.01
 
 
-def test_rare_wordings_are_in_the_test_split_only() -> None:
-    assert {split_of(row) for row in ROWS if row["wording"] == "rare"} == {"test"}
+def test_unseen_wordings_are_in_the_test_split_only() -> None:
+    assert {split_of(row) for row in ROWS if row["wording"] == "unseen"} == {"test"}
     wordings = Counter(row["wording"] for row in ROWS if split_of(row) == "test")
-    assert 0.3 < wordings["rare"] / wordings.total() < 0.5
+    assert 0.3 < wordings["unseen"] / wordings.total() < 0.5
 
 
 def test_every_context_is_valid_sql() -> None:

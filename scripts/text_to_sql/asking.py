@@ -52,10 +52,10 @@ class Draft:
 class Asking:
     """Draws the parts of one question."""
 
-    def __init__(self, rng: random.Random, domain: Domain, *, rare: bool) -> None:
-        self.rng, self.domain, self.rare = rng, domain, rare
-        # Half of the rare rows also phrase their filters rarely.
-        self.speaker = Speaker(rng, rare and rng.random() < 0.5)
+    def __init__(self, rng: random.Random, domain: Domain, *, unseen: bool) -> None:
+        self.rng, self.domain, self.unseen = rng, domain, unseen
+        # A fifth of these rows also say their filters in ways that training never sees.
+        self.speaker = Speaker(rng, unseen and rng.random() < 0.2)
         self.filters = Filters(rng, self.speaker, domain)
 
     # --- drawing ---
@@ -110,8 +110,8 @@ class Asking:
         p, _ = self.speaker.name(table, column)
         slots = self.speaker.slots(table, column)
         words = {
-            "AVG": ["average", "average", "mean"] if self.rare else ["average"],
-            "SUM": ["total", "total", "combined"] if self.rare else ["total"],
+            "AVG": ["average", "average", "mean"] if self.unseen else ["average"],
+            "SUM": ["total", "total", "combined"] if self.unseen else ["total"],
             "MAX": [slots["high"], "maximum"],
             "MIN": [slots["low"], "minimum"],
         }
@@ -170,7 +170,7 @@ class Asking:
         Raises:
             NoWay: no frame fits.
         """
-        kind = "rare" if self.rare else "common"
+        kind = "unseen" if self.unseen else "seen"
         fitting = []
         for bank in banks.split():
             for frame in FRAMES[bank][kind]:

@@ -41,7 +41,7 @@ def group(asking: Asking) -> Draft:
     slots["agg0"] = "" if condition else slots["aggn"]
     question = asking.ask(banks, slots, filtered=condition is not None)
     answer = f"SELECT {g.name}, {sql} FROM {table.name}{where(condition)} GROUP BY {g.name}"
-    if counts and not asking.rare and asking.rng.random() < 0.12:
+    if counts and not asking.unseen and asking.rng.random() < 0.12:
         question += f" Sort by the number of {table.many}, highest first."
         answer += " ORDER BY COUNT(*) DESC"
     return Draft(question, answer, (table.name,))

@@ -25,7 +25,7 @@ class NoWay(Exception):
 
 
 def load_bank(name: str) -> Banks:
-    """The wordings of one file: bank → common or rare → templates."""
+    """The wordings of one file: bank → seen or unseen → templates."""
     banks: Banks = yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
     return banks
 
@@ -39,14 +39,14 @@ def slots_of(template: str) -> set[str]:
     return {field for _, field, _, _ in Formatter().parse(template) if field}
 
 
-def choose(rng: random.Random, bank: Mapping[str, Sequence[str]], slots: Mapping[str, str], rare: bool) -> str:
+def choose(rng: random.Random, bank: Mapping[str, Sequence[str]], slots: Mapping[str, str], unseen: bool) -> str:
     """A template whose slots all have a text.
 
     Raises:
         NoWay: there is none.
     """
-    # Where rare wordings may be used, they are as likely as common ones.
-    kinds = ["common", *(["rare"] if rare else [])]
+    # Where unseen wordings may be used, they are as likely as seen ones.
+    kinds = ["seen", *(["unseen"] if unseen else [])]
     rng.shuffle(kinds)
     for kind in kinds:
         fitting = [t for t in bank[kind] if all(slots.get(s) for s in slots_of(t))]
@@ -165,7 +165,7 @@ class Speaker:
     """Draws conditions and their phrases for one question, always naming a column the same way."""
 
     rng: random.Random
-    rare: bool
+    unseen: bool
 
     def __post_init__(self) -> None:
         self._said: dict[tuple[str, str], tuple[str, str]] = {}
@@ -198,7 +198,7 @@ class Speaker:
         if column.people and "t" in values:
             slots |= {"p": f"{slots['p']}'s name", "a_p": f"{slots['a_p']}'s name"}
         free = {"who", "their"}
-        template = choose(self.rng, CONDITIONS[kind], {**slots, **dict.fromkeys(free, "x")}, self.rare)
+        template = choose(self.rng, CONDITIONS[kind], {**slots, **dict.fromkeys(free, "x")}, self.unseen)
         return spoken(template, slots, kw.format_map(slots) if kw else "")
 
     def own(self, template: str, value: str, kw: str) -> Phrase:
@@ -211,4 +211,4 @@ class Speaker:
         kind = "text" if column.type == "VARCHAR" else kind
         bank = DIRECTIONS[f"{kind}_{'desc' if descending else 'asc'}"]
         slots = self.slots(table, column)
-        return choose(self.rng, bank, slots, self.rare).format_map(slots)
+        return choose(self.rng, bank, slots, self.unseen).format_map(slots)

@@ -19,8 +19,8 @@ from text_to_sql.schema import Domain, Table, load_domains
 
 SEED = 13
 ROWS_PER_DOMAIN = 28
-RARE_SHARE = 0.43
-DISTRACTOR_SHARE = 0.1
+UNSEEN_SHARE = 0.4
+DISTRACTOR_SHARE = 0.05
 # Columns that a table shows beside those that the answer uses.
 MORE_COLUMNS = (1, 1, 2, 2, 3)
 _TRIES = 400
@@ -86,8 +86,8 @@ def _domain_rows(domain: Domain) -> list[Row]:
     answered: set[str] = set()
     for shape, count in _quota(domain, rng).items():
         for _ in range(count):
-            rare = split_of(domain.id) == "test" and rng.random() < RARE_SHARE
-            row = _draw(domain, shape, rng, rare=rare, asked=asked, answered=answered)
+            unseen = split_of(domain.id) == "test" and rng.random() < UNSEEN_SHARE
+            row = _draw(domain, shape, rng, unseen=unseen, asked=asked, answered=answered)
             if row is not None:
                 rows.append(row)
     return rows
@@ -113,7 +113,7 @@ def _draw(
     shape: str,
     rng: random.Random,
     *,
-    rare: bool,
+    unseen: bool,
     asked: set[tuple[str, str]],
     answered: set[str],
 ) -> Row | None:
@@ -121,7 +121,7 @@ def _draw(
     draw, _ = SHAPES[shape]
     for _ in range(_TRIES):
         try:
-            draft = draw(Asking(rng, domain, rare=rare))
+            draft = draw(Asking(rng, domain, unseen=unseen))
         except NoWay:
             continue
         context = _context(domain, draft, rng)
@@ -131,7 +131,7 @@ def _draw(
             continue
         asked.add((draft.question, context))
         answered.add(draft.answer)
-        wording = "rare" if rare else "common"
+        wording = "unseen" if unseen else "seen"
         return Row(draft.question, context, draft.answer, domain.id, shape, wording)
     return None
 
