@@ -90,7 +90,7 @@ def test_every_split_has_every_shape() -> None:
 
 def test_shapes_are_mixed_as_intended() -> None:
     share = {shape: n / len(ROWS) for shape, n in Counter(r["shape"] for r in ROWS).items()}
-    assert 0.14 < share["join2"] + share["join3"] < 0.19
+    assert 0.10 < share["join2"] + share["join3"] < 0.19
     assert 0.12 < share["group"] + share["having"] < 0.16
     assert 0.05 < share["subquery"] < 0.07
     assert max(share.values()) < 0.12 and min(share.values()) > 0.01
