@@ -117,6 +117,8 @@ class Commands:
         folder = Path(self._streams.name) / str(self._count)
         folder.mkdir()
         streams = (folder / "out", folder / "err")
+        for stream in streams:
+            stream.touch()
         answer = self.ask(
             {
                 "argv": [str(part) for part in argv],
