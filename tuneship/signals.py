@@ -27,7 +27,7 @@ def stop_flag() -> Iterator[StopFlag]:
         return
 
     def note(number: int, _: object) -> None:
-        flag.signal = signal.Signals(number).name
+        flag.signal = flag.signal or signal.Signals(number).name
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
