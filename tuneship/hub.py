@@ -6,6 +6,7 @@ and a broken connection are tried again with growing, jittered waits.
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 import time
@@ -18,12 +19,13 @@ from tuneship.errors import InputError, OutsideError
 T = TypeVar("T")
 
 ATTEMPTS = 5
-_ID = re.compile(r"^[\w][\w.-]{0,95}(/[\w][\w.-]{0,95})?$")
+BUSY = (429, 500, 502, 503, 504)
+_ID = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
 
 
 def is_id(name: str) -> bool:
     """Whether a name can be a Hub id: `name` or `user/name`, no path."""
-    return bool(_ID.match(name)) and ".." not in name
+    return _ID.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def call(what: str, request: Callable[[], T], *, sleep: Callable[[float], None] = time.sleep) -> T:
@@ -36,9 +38,10 @@ def call(what: str, request: Callable[[], T], *, sleep: Callable[[float], None] 
         InputError: the Hub knows no such repository, revision or file.
         OutsideError: it refuses, is busy for too long, or cannot be reached.
     """
-    import httpx
     from huggingface_hub import errors
 
+    transport = transport_errors()
+    absent: tuple[type[Exception], ...] = (*transport, errors.OfflineModeIsEnabled)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return request()
@@ -57,23 +60,39 @@ def call(what: str, request: Callable[[], T], *, sleep: Callable[[float], None] 
             # huggingface_hub hides the cause where it looked into its cache as a last resort.
             failure: Exception = error
             cause = error.__cause__ or error.__context__
-            retryable = isinstance(cause, httpx.TransportError) or _status(cause) in (429, 500, 502, 503, 504)
+            retryable = isinstance(cause, transport) or _status(cause) in BUSY
             if _status(cause) in (401, 403):
                 raise _refused(what, error) from error
         except errors.HfHubHTTPError as error:
-            failure, retryable = error, _status(error) in (429, 500, 502, 503, 504)
+            failure, retryable = error, _status(error) in BUSY
             if _status(error) in (401, 403):
                 raise _refused(what, error) from error
-        except (httpx.TransportError, errors.OfflineModeIsEnabled) as error:
-            failure, retryable = error, isinstance(error, httpx.TransportError)
+        except absent as error:
+            failure, retryable = error, isinstance(error, transport)
+        except errors.HFValidationError as error:
+            raise InputError(f"not a name on the Hub: {_short(error)}", where=what) from error
         if not retryable or attempt == ATTEMPTS:
-            raise OutsideError(
-                f"the Hub cannot be reached: {_short(failure)}",
-                where=what,
-                fix="check the network and HF_ENDPOINT; or name a local folder or a package: model instead",
-            ) from failure
+            raise unreachable(what, failure) from failure
         sleep(min(30.0, 2.0**attempt) * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, not a secret
     raise AssertionError("unreachable")
+
+
+def transport_errors() -> tuple[type[Exception], ...]:
+    """What a broken connection raises: huggingface_hub 1 speaks through httpx, 2 through httpx2."""
+    names = [name for name in ("httpx", "httpx2") if importlib.util.find_spec(name)]
+    return tuple(importlib.import_module(name).TransportError for name in names)
+
+
+def unreachable(what: str, error: Exception) -> OutsideError:
+    """The error of a Hub that is away, busy or broken."""
+    status = _status(error) or _status(error.__cause__)
+    if status:
+        return OutsideError(f"the Hub answers {status}: {_short(error)}", where=what, fix="run the same command again")
+    return OutsideError(
+        f"the Hub cannot be reached: {_short(error)}",
+        where=what,
+        fix="check the network and HF_ENDPOINT; or name a local folder or a package: model instead",
+    )
 
 
 def _refused(what: str, error: Exception) -> OutsideError:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
+import tempfile
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,14 +68,18 @@ def prepare(run: Run) -> dict[str, Any]:
                 fix="start anew with --fresh (the old run is kept beside it), or bring the old data back",
             )
         return prepared
-    files = base.resolve(recipe.model)
-    tokenizer = _tokenizer(files)
-    writer = _Writer(recipe, folder, tokenizer)
-    with progress("rows prepared") as shown:
-        counts = writer.write_all(shown)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=folder) as spool:
+        with progress("rows read") as shown:
+            tally = _read(recipe, folder, spool, shown)
+        # Only now: a bad row is found before gigabytes are fetched.
+        files = base.resolve(recipe.model)
+        spool.seek(0)
+        with progress("rows tokenised", tally.splits["train"]) as shown:
+            lengths = _tokenise(recipe, folder, spool, _tokenizer(files), shown)
     prepared = {
         "source": source,
-        **counts,
+        **_counts(tally),
+        **lengths,
         "train_sha256": sha256_file(folder / "train.safetensors"),
         "test_sha256": sha256_file(folder / "test.jsonl"),
         "validation_sha256": sha256_file(folder / "validation.jsonl"),
@@ -110,7 +117,15 @@ def _tokenizer(files: base.BaseFiles) -> Any:
     # transformers' own import is slow; `validate` needs none of it.
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(files.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the base has no tokenizer that can be read: {str(error).strip().splitlines()[0]}", where=str(files.folder)
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError("the base's tokenizer has no end-of-sequence token", where=str(files.folder))
+    return tokenizer
 
 
 def _source(data: Data) -> dict[str, Any]:
@@ -133,91 +148,92 @@ def _counts(tally: Tally) -> dict[str, Any]:
     }
 
 
-class _Writer:
-    """Streams good rows into the data folder."""
+def _read(recipe: Recipe, folder: Path, spool: IO[str], shown: Progress) -> Tally:
+    """Writes the held-out rows, examples and rejects, and the training rows' fields to the spool, a line each."""
+    tally = Tally()
+    held: dict[str, list[Row]] = {"validation": [], "test": []}
+    # The training rows with the lowest hashes: a heap of the highest among them.
+    examples: list[tuple[int, int, Row]] = []
+    rejected = folder / "rejects.jsonl"
+    with rejected.open("w", encoding="utf-8") as rejects:
 
-    def __init__(self, recipe: Recipe, folder: Path, tokenizer: Any) -> None:
-        self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
-        self.prompt = Prompt(recipe.data.template, recipe.data.stop)
-        self.parts: list[Tokens] = []
-        self.batch: list[Row] = []
-        self.long: list[tuple[int, int]] = []
-        self.examples: list[tuple[int, int, Row]] = []
+        def reject(number: int, reason: str, raw: RawRow) -> None:
+            row = None if isinstance(raw, Broken) else raw
+            rejects.write(json.dumps({"row": number, "reason": reason, "raw": row}, default=repr) + "\n")
 
-    def write_all(self, shown: Progress) -> dict[str, Any]:
-        tally = Tally()
-        held: dict[str, list[Row]] = {"validation": [], "test": []}
-        with (self.folder / "rejects.jsonl").open("w", encoding="utf-8") as rejects:
-
-            def reject(number: int, reason: str, raw: RawRow) -> None:
-                self._reject(rejects, number, reason, raw)
-
-            for row in rows.read(self.recipe.data, tally, reject):
-                if row.split == "train":
-                    self.batch.append(row)
-                    if len(self.batch) == BATCH:
-                        self._tokenise(shown)
-                    self._offer(row)
+        for row in rows.read(recipe.data, tally, reject):
+            if row.split == "train":
+                spool.write(json.dumps([row.number, row.fields]) + "\n")
+                item = (-row.key, -row.number, row)
+                if len(examples) < EXAMPLES:
+                    heapq.heappush(examples, item)
                 else:
-                    held[row.split].append(row)
-        self._tokenise(shown)
-        if not tally.bad:
-            (self.folder / "rejects.jsonl").unlink()
-        tokens = Tokens.join(self.parts)
-        if self.long and (self.recipe.train.on_long_row == "error" or not len(tokens)):
-            self._refuse_long()
-        tokens.save(self.folder / "train.safetensors")
-        for split, kept in held.items():
-            self._write(f"{split}.jsonl", sorted(kept, key=lambda row: row.key))
-        self._write("examples.jsonl", [row for _, _, row in sorted(self.examples, reverse=True)])
-        return {
-            **_counts(tally),
-            "long": len(self.long),
-            "tokens": len(tokens.ids),
-            "labels": int(tokens.lengths.sum() - tokens.prompts.sum()),
-            "longest": int(tokens.lengths.max()),
-        }
+                    heapq.heappushpop(examples, item)
+            else:
+                held[row.split].append(row)
+            shown.advance()
+    if not tally.bad:
+        rejected.unlink()
+    for split, kept in held.items():
+        _write(folder / f"{split}.jsonl", sorted(kept, key=lambda row: row.key))
+    _write(folder / "examples.jsonl", [row for _, _, row in sorted(examples, reverse=True)])
+    return tally
 
-    def _offer(self, row: Row) -> None:
-        """Keeps the training rows with the lowest hashes as examples."""
-        item = (-row.key, -row.number, row)
-        if len(self.examples) < EXAMPLES:
-            heapq.heappush(self.examples, item)
-        elif item > self.examples[0]:
-            heapq.heapreplace(self.examples, item)
 
-    def _tokenise(self, shown: Progress) -> None:
-        batch, self.batch = self.batch, []
-        encoded = prompt.encode_rows(self.tokenizer, self.prompt, [row.fields for row in batch])
+def _tokenise(recipe: Recipe, folder: Path, spool: IO[str], tokenizer: Any, shown: Progress) -> dict[str, int]:
+    """Writes train.safetensors; returns counts of its tokens."""
+    contract = Prompt(recipe.data.template, recipe.data.stop)
+    parts: list[Tokens] = []
+    long: list[tuple[int, int]] = []
+    while lines := list(islice(spool, BATCH)):
+        numbers, fields = zip(*map(json.loads, lines), strict=True)
         kept = []
-        for row, (before, after) in zip(batch, encoded, strict=True):
+        for number, (before, after) in zip(numbers, prompt.encode_rows(tokenizer, contract, fields), strict=True):
             length = len(before) + len(after)
-            if length <= self.recipe.train.max_length:
+            if length <= recipe.train.max_length:
                 kept.append((before, after))
                 continue
-            self.long.append((row.number, length))
-            if self.recipe.train.on_long_row == "error" and len(self.long) == rows.SHOWN:
-                self._refuse_long()
-        self.parts.append(Tokens.build(kept))
-        shown.advance(len(batch))
+            long.append((number, length))
+            if recipe.train.on_long_row == "error" and len(long) == rows.SHOWN:
+                raise _too_long(recipe, long)
+        parts.append(Tokens.build(kept))
+        shown.advance(len(lines))
+    tokens = Tokens.join(parts)
+    if long and (recipe.train.on_long_row == "error" or not len(tokens)):
+        raise _too_long(recipe, long)
+    tokens.save(folder / "train.safetensors")
+    return {
+        "long": len(long),
+        "tokens": len(tokens.ids),
+        "labels": int(tokens.lengths.sum() - tokens.prompts.sum()),
+        "longest": int(tokens.lengths.max()),
+    }
 
-    def _refuse_long(self) -> None:
-        shown = ", ".join(f"row {number}: {length} tokens" for number, length in self.long[: rows.SHOWN])
-        raise InputError(
-            f"rows are longer than train.max_length {self.recipe.train.max_length} ({shown})",
-            where=self.recipe.data.dataset_name,
-            fix="raise train.max_length, or set train.on_long_row: skip to leave them out",
-        )
 
-    def _reject(self, rejects: IO[str], number: int, reason: str, raw: RawRow) -> None:
-        row = None if isinstance(raw, Broken) else raw
-        rejects.write(json.dumps({"row": number, "reason": reason, "raw": row}, default=repr) + "\n")
+def _too_long(recipe: Recipe, long: list[tuple[int, int]]) -> InputError:
+    shown = ", ".join(f"row {number}: {length} tokens" for number, length in long[: rows.SHOWN])
+    return InputError(
+        f"rows are longer than train.max_length {recipe.train.max_length} ({shown})",
+        where=recipe.data.dataset_name,
+        fix="raise train.max_length, or set train.on_long_row: skip to leave them out",
+    )
 
-    def _write(self, name: str, kept: list[Row]) -> None:
-        lines = [{"number": row.number, **row.fields, "columns": _plain(row.columns)} for row in kept]
-        write_text(self.folder / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+def _write(file: Path, kept: list[Row]) -> None:
+    lines = [{"number": row.number, **row.fields, "columns": _plain(row.columns)} for row in kept]
+    write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def _plain(columns: dict[str, Any]) -> dict[str, Any]:
     """The short columns of a row: those that scores can be broken down by."""
-    return {k: v for k, v in columns.items() if isinstance(v, str | int | float | bool) and len(str(v)) <= 100}
+    return {name: value for name, value in columns.items() if _is_plain(name) and _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is short, and JSON and UTF-8 can hold it."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if not isinstance(value, str | int):
+        return False
+    text = str(value)
+    return len(text) <= 100 and text.encode("utf-8", "ignore").decode() == text

@@ -162,18 +162,15 @@ def _check(number: int, raw: dict[str, Any], data: Data) -> Row | str:
     if sum(map(len, texts)) > sources.MAX_ROW_BYTES:
         return f"longer than {sources.MAX_ROW_BYTES} characters"
     group = f"{question}\0{context}"
+    owner = raw.get(data.split_by) if data.split_by is not None else None
+    if data.split_by is not None and not isinstance(owner, str | int):
+        return _missing(data.split_by, "split_by", raw)
     try:
         key = _hash(group)
+        place = key if owner is None else _hash(str(owner))
         answer.encode()
     except UnicodeEncodeError:
         return "not UTF-8: it holds bytes or half characters that are no text"
-    if data.split_by is None:
-        place = key
-    else:
-        value = raw.get(data.split_by)
-        if not isinstance(value, str | int):
-            return _missing(data.split_by, "split_by", raw)
-        place = _hash(str(value))
     return Row(number, question, context, answer, _split(place / 2**64, data), key, raw)
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from tuneship import hub, storage
-from tuneship.errors import InputError, OutsideError
+from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.recipe import Data
 
 BUILTIN = {"builtin:text-to-sql": Path(__file__).parent / "text_to_sql" / "rows.jsonl"}
@@ -117,14 +118,14 @@ def _jsonl(stream: IO[bytes]) -> Iterator[tuple[int, RawRow]]:
                 line = stream.readline(MAX_ROW_BYTES)
             yield number, Broken(f"longer than {MAX_ROW_BYTES} bytes")
             continue
-        if line.isspace():
+        if not line.strip():
             continue
         yield number, _json(line)
 
 
 def _json(line: bytes) -> RawRow:
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip())
     except UnicodeDecodeError as error:
         return Broken(f"not UTF-8: byte {error.start + 1} of the line")
     except json.JSONDecodeError as error:
@@ -139,6 +140,14 @@ def _json(line: bytes) -> RawRow:
 def _csv(stream: IO[bytes], name: str) -> Iterator[tuple[int, RawRow]]:
     # Bytes that are not UTF-8 become lone surrogates, so that the row, not the file, is refused.
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    try:
+        yield from _records(text, name)
+    finally:
+        # The stream is closed by whoever opened it.
+        text.detach()
+
+
+def _records(text: io.TextIOWrapper, name: str) -> Iterator[tuple[int, RawRow]]:
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(_bounded(text), strict=True)
     try:
@@ -147,6 +156,8 @@ def _csv(stream: IO[bytes], name: str) -> Iterator[tuple[int, RawRow]]:
         raise InputError(f"not CSV: {error}", where=f"{name}:1") from None
     if not header:
         raise InputError("the file is empty", where=name)
+    if repeated := [column for column, count in Counter(header).items() if count > 1]:
+        raise InputError(f"the header names {repeated[0]!r} twice", where=f"{name}:1", fix="rename one of them")
     while True:
         try:
             fields = next(reader, None)
@@ -183,11 +194,22 @@ def _parquet(stream: IO[bytes], name: str) -> Iterator[tuple[int, RawRow]]:
         file = parquet.ParquetFile(stream)
         number = 0
         for batch in file.iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
+            for row in _plain(batch):
                 number += 1
                 yield number, row
-    except pyarrow.ArrowException as error:
-        raise InputError(f"not Parquet: {error}", where=name) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        # What is wrong with the file's bytes is an OSError, too.
+        raise InputError(f"not Parquet: {str(error).splitlines()[0]}", where=name) from None
+
+
+def _plain(batch: Any) -> list[RawRow]:
+    """The rows of a batch; one that holds what Python cannot is broken, not all."""
+    try:
+        return list(batch.to_pylist())
+    except ValueError as error:
+        if batch.num_rows == 1:
+            return [Broken(f"cannot be read: {error}")]
+        return [row for index in range(batch.num_rows) for row in _plain(batch.slice(index, 1))]
 
 
 def _hub(data: Data) -> Iterator[tuple[int, RawRow]]:
@@ -210,11 +232,18 @@ def _hub(data: Data) -> Iterator[tuple[int, RawRow]]:
         )
         return stream
 
+    what = f"dataset {data.dataset_name}"
+    broken_off: tuple[type[Exception], ...] = (OSError, *hub.transport_errors())
     try:
-        for index, row in enumerate(hub.call(f"dataset {data.dataset_name}", load)):
+        for index, row in enumerate(hub.call(what, load)):
             yield index + 1, dict(row)
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise InputError(f"the Hub knows no such data set: {error}", where=data.dataset_name) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise InputError(f"no such data set, or none that can be read: {error}", where=what) from error
+    except broken_off as error:
+        if isinstance(error, TuneshipError):
+            raise
+        # Rows are streamed: the Hub may break off in the middle.
+        raise hub.unreachable(what, error) from error
     except ValueError as error:
         # datasets' word for an unknown configuration or split.
         raise InputError(
