@@ -7,12 +7,13 @@ names.
 
 from __future__ import annotations
 
+import filecmp
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
 
 from tuneship.errors import InputError, OutsideError
 
@@ -44,13 +45,18 @@ def open_read(uri: str) -> Iterator[IO[bytes]]:
         yield remote
 
 
-def upload(folder: Path, uri: str, *, last: str = "") -> int:
+def upload(folder: Path, uri: str, *, last: str = "", leave: Collection[str] = ()) -> int:
     """Copies the files of a folder below a URI (or into another folder); returns the bytes.
 
     Files that are there already, with the same content, are not sent again.
 
     Args:
         last: name of the file that is sent after all others, as the mark that the copy is whole.
+        leave: names of files that are not sent.
+
+    Raises:
+        InputError: there is no such bucket.
+        OutsideError: the storage refuses, or the folder cannot be written.
     """
     files = sorted(
         (path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, str(path))
@@ -58,18 +64,27 @@ def upload(folder: Path, uri: str, *, last: str = "") -> int:
     sent = 0
     for file in files:
         name = file.relative_to(folder).as_posix()
+        if name in leave:
+            continue
         if is_remote(uri):
             with _errors(uri):
                 sent += _send(file, f"{uri.rstrip('/')}/{name}")
         else:
-            target = Path(uri) / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if not (target.exists() and target.read_bytes() == file.read_bytes()):
-                partial = target.with_name(f".{target.name}.partial")
-                shutil.copyfile(file, partial)
-                partial.replace(target)
-                sent += file.stat().st_size
+            sent += _copy(file, Path(uri) / name)
     return sent
+
+
+def _copy(file: Path, target: Path) -> int:
+    try:
+        if target.is_file() and filecmp.cmp(file, target, shallow=False):
+            return 0
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.copyfile(file, partial)
+        partial.replace(target)
+    except OSError as error:
+        raise OutsideError(f"the folder cannot be written: {error.strerror}", where=str(target)) from error
+    return file.stat().st_size
 
 
 def download(uri: str, folder: Path) -> list[str]:
@@ -104,6 +119,18 @@ def listing(uri: str) -> list[str]:
     return [name for name in names if name and not name.endswith("/")]
 
 
+def checksum(uri: str) -> str:
+    """The crc32c of an object, as the storage keeps it: another one, and its content has changed.
+
+    Raises:
+        InputError: there is no such object.
+    """
+    with _errors(uri):
+        blob = _blob(uri)
+        blob.reload()
+        return str(blob.crc32c)
+
+
 def delete(uri: str) -> None:
     """Removes every file below a gs:// URI, or a folder."""
     if not is_remote(uri):
@@ -133,10 +160,11 @@ def _send(file: Path, uri: str) -> int:
 
 
 def _parts(uri: str) -> tuple[str, str]:
-    parts = urlsplit(uri)
-    if not parts.netloc or not parts.path.strip("/"):
+    # Not urlsplit: ? and # are ordinary characters of an object's name.
+    bucket, _, path = uri.removeprefix("gs://").partition("/")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]", bucket) or not path.strip("/"):
         raise InputError("a gs:// URI names a bucket and a path", where=uri, fix="as gs://bucket/folder")
-    return parts.netloc, parts.path.lstrip("/")
+    return bucket, path.lstrip("/")
 
 
 def _client() -> Any:

@@ -72,13 +72,13 @@ def check(data: Data) -> str:
 
 
 def revision(data: Data) -> str:
-    """What identifies the source's state: the commit of a Hub data set, else its name.
+    """What identifies the state of a source elsewhere: the commit of a Hub data set, the checksum of an object.
 
     Raises:
-        InputError, OutsideError: the Hub does not know it or refuses.
+        InputError, OutsideError: the Hub or the storage does not know it or refuses.
     """
     if check(data) != "hub":
-        return data.dataset_name
+        return storage.checksum(data.dataset_name)
     info = hub.call(
         f"dataset {data.dataset_name}",
         lambda: hub.api().dataset_info(data.dataset_name, revision=data.dataset_revision),
