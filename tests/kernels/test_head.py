@@ -25,7 +25,7 @@ def test_equals_cross_entropy_of_full_logits(
     labels: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Seven labels a chunk: fewer, as many, one more, and several chunks with a rest.
-    monkeypatch.setattr(head, "CHUNK_BYTES", 7 * 4 * VOCABULARY)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 7 * 4 * VOCABULARY)
     torch.manual_seed(labels)
     weight, targets = torch.randn(VOCABULARY, WIDTH), torch.randint(VOCABULARY, (labels,))
     ours = torch.randn(labels, WIDTH, requires_grad=True)
@@ -48,7 +48,7 @@ def test_handmade_logits() -> None:
 
 
 def test_the_chunk_is_at_least_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)
     hidden, weight = torch.randn(3, WIDTH), torch.randn(VOCABULARY, WIDTH)
     expected = functional.cross_entropy(hidden @ weight.t(), torch.tensor([4, 0, 49]), reduction="sum")
     torch.testing.assert_close(label_loss(hidden, weight, torch.tensor([4, 0, 49])), expected)

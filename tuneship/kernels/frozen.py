@@ -42,10 +42,12 @@ class Plain:
 
     def forward(self, rows: Rows) -> Tensor:
         """See `Frozen`."""
+        assert rows.plain is not None
         return rows.plain @ self.weight.t()
 
     def backward(self, rows: Rows) -> Tensor:
         """See `Frozen`."""
+        assert rows.plain is not None
         return rows.plain @ self.weight
 
 
@@ -89,7 +91,9 @@ class Nf4:
     def __init__(self, weight: Tensor) -> None:
         from bitsandbytes import functional
 
-        self.packed, self.state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+        self.packed, self.state = functional.quantize_4bit(
+            weight.contiguous(), quant_type="nf4", compress_statistics=True
+        )
 
     def _weight(self) -> Tensor:
         from bitsandbytes import functional
@@ -99,8 +103,10 @@ class Nf4:
 
     def forward(self, rows: Rows) -> Tensor:
         """See `Frozen`."""
+        assert rows.plain is not None
         return rows.plain @ self._weight().t()
 
     def backward(self, rows: Rows) -> Tensor:
         """See `Frozen`."""
+        assert rows.plain is not None
         return rows.plain @ self._weight()

@@ -13,44 +13,51 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tuneship.kernels.reference import FP8, FP8_MAX, Bounds, Rows
+from tuneship.kernels.reference import FP8, FP8_MAX, PLAIN, Bounds, Rows, Want
 
 MAX: tl.constexpr = tl.constexpr(FP8_MAX)
+# Less than any logit, and finite: a difference of two of them is 0, not NaN.
+LOW: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _put_rows(value, plain, quantised, scale, token, width, columns, inside, FP8_TOO: tl.constexpr):
-    """Writes a row, and its fp8 form with its scale."""
-    tl.store(plain + token * width + columns, value, mask=inside)
-    if FP8_TOO:
-        # Of what is stored, not of the float32 before it: the same as quantising the stored row.
-        stored = value.to(plain.dtype.element_ty).to(tl.float32)
-        s = tl.maximum(tl.max(tl.abs(stored), 0), 1e-12) / MAX
+def _put_rows(
+    value, plain, quantised, scale, token, width, columns, inside, LIKE, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr
+):
+    """Writes a row in the forms that are wanted."""
+    stored = value.to(LIKE)
+    if IN_PLAIN:
+        tl.store(plain + token * width + columns, stored, mask=inside)
+    if IN_FP8:
+        # Of the rounded row, not of the float32 before it: the same as quantising the stored row.
+        rounded = stored.to(tl.float32)
+        s = tl.maximum(tl.max(tl.abs(rounded), 0), 1e-12) / MAX
         tl.store(scale + token, s)
-        tl.store(quantised + token * width + columns, (stored / s).to(quantised.dtype.element_ty), mask=inside)
+        tl.store(quantised + token * width + columns, (rounded / s).to(quantised.dtype.element_ty), mask=inside)
 
 
-def _outputs(tokens: int, width: int, like: Tensor, fp8: bool) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
-    """Room for rows, and the three pointers that a kernel takes (dummies where there is no fp8)."""
-    plain = torch.empty(tokens, width, dtype=like.dtype, device=like.device)
-    if not fp8:
-        return Rows(plain), (plain, plain, plain)
-    quantised = torch.empty(tokens, width, dtype=FP8, device=like.device)
-    scale = torch.empty(tokens, 1, dtype=torch.float32, device=like.device)
-    return Rows(plain, quantised, scale), (plain, quantised, scale)
+def _outputs(tokens: int, width: int, like: Tensor, want: Want) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
+    """Room for rows, and the three pointers that a kernel takes (`like` where a form is not wanted)."""
+    plain = torch.empty(tokens, width, dtype=like.dtype, device=like.device) if want.plain else None
+    quantised = torch.empty(tokens, width, dtype=FP8, device=like.device) if want.fp8 else None
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=like.device) if want.fp8 else None
+    return Rows(plain, quantised, scale), tuple(like if t is None else t for t in (plain, quantised, scale))  # type: ignore[return-value]
 
 
 def _block(width: int) -> tuple[int, int]:
     """Block size and warps for a row of `width`."""
     block = triton.next_power_of_2(width)
-    return block, min(16, max(4, block // 1024))
+    return block, min(16, max(4, block // 512))
 
 
 # --- norms ------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _norm(x, weight, plain, quantised, scale, r_out, width, eps, BLOCK: tl.constexpr, FP8_TOO: tl.constexpr):
+def _norm(
+    x, weight, plain, quantised, scale, r_out, width, eps,
+    BLOCK: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -58,16 +65,18 @@ def _norm(x, weight, plain, quantised, scale, r_out, width, eps, BLOCK: tl.const
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
     tl.store(r_out + token, r)
-    _put_rows(v * r * (1.0 + w), plain, quantised, scale, token, width, columns, inside, FP8_TOO)
+    _put_rows(
+        v * r * (1.0 + w), plain, quantised, scale, token, width, columns, inside, x.dtype.element_ty, IN_PLAIN, IN_FP8
+    )
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, fp8: bool) -> tuple[Rows, Tensor]:
+def norm(x: Tensor, weight: Tensor, eps: float, want: Want = PLAIN) -> tuple[Rows, Tensor]:
     """See `reference.norm`."""
     tokens, width = x.shape
-    out, pointers = _outputs(tokens, width, x, fp8)
+    out, pointers = _outputs(tokens, width, x, want)
     r = torch.empty(tokens, dtype=torch.float32, device=x.device)
     block, warps = _block(width)
-    _norm[(tokens,)](x, weight, *pointers, r, width, eps, block, fp8, num_warps=warps)
+    _norm[(tokens,)](x, weight, *pointers, r, width, eps, block, want.plain, want.fp8, num_warps=warps)
     return out, r
 
 
@@ -99,7 +108,7 @@ def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
 @triton.jit
 def _norm_backward(
     dy, x, weight, r_in, add, plain, quantised, scale, width,
-    BLOCK: tl.constexpr, ADD: tl.constexpr, FP8_TOO: tl.constexpr,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -113,16 +122,29 @@ def _norm_backward(
     dx = r * (g - unit * (tl.sum(g * unit, 0) / width))
     if ADD:
         dx += tl.load(add + token * width + columns, mask=inside, other=0.0).to(tl.float32)
-    _put_rows(dx, plain, quantised, scale, token, width, columns, inside, FP8_TOO)
+    _put_rows(dx, plain, quantised, scale, token, width, columns, inside, x.dtype.element_ty, IN_PLAIN, IN_FP8)
 
 
-def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None, fp8: bool) -> Rows:
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None = None, want: Want = PLAIN
+) -> Rows:
     """See `reference.norm_backward`."""
     tokens, width = x.shape
-    out, pointers = _outputs(tokens, width, x, fp8)
+    out, pointers = _outputs(tokens, width, x, want)
     block, warps = _block(width)
     _norm_backward[(tokens,)](
-        dy, x, weight, r, x if add is None else add, *pointers, width, block, add is not None, fp8, num_warps=warps
+        dy,
+        x,
+        weight,
+        r,
+        x if add is None else add,
+        *pointers,
+        width,
+        block,
+        add is not None,
+        want.plain,
+        want.fp8,
+        num_warps=warps,
     )
     return out
 
@@ -139,56 +161,107 @@ def _tanh(x):
 
 
 @triton.jit
-def _gelu(gate_up, plain, quantised, scale, width, BLOCK: tl.constexpr, FP8_TOO: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    gate = tl.load(gate_up + token * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + token * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
+def _gelu_piece(gate_up, at, width, inside):
+    gate = tl.load(gate_up + at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + width, mask=inside, other=0.0).to(tl.float32)
     t = _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
-    _put_rows(0.5 * gate * (1.0 + t) * up, plain, quantised, scale, token, width, columns, inside, FP8_TOO)
+    return (0.5 * gate * (1.0 + t) * up).to(gate_up.dtype.element_ty)
 
 
-def gelu(gate_up: Tensor, fp8: bool) -> Rows:
+@triton.jit
+def _gelu(
+    gate_up, plain, quantised, scale, width,
+    BLOCK: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
+):  # fmt: skip
+    # A row is walked twice: for its largest number, and to write it. The second walk finds it in the
+    # cache; holding a row of 14,336 in registers would spill.
+    token = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    if IN_FP8:
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            value = _gelu_piece(gate_up, token * 2 * width + columns, width, columns < width)
+            largest = tl.maximum(largest, tl.abs(value.to(tl.float32)))
+        s = tl.maximum(tl.max(largest, 0), 1e-12) / MAX
+        tl.store(scale + token, s)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        value = _gelu_piece(gate_up, token * 2 * width + columns, width, inside)
+        if IN_PLAIN:
+            tl.store(plain + token * width + columns, value, mask=inside)
+        if IN_FP8:
+            q = (value.to(tl.float32) / s).to(quantised.dtype.element_ty)
+            tl.store(quantised + token * width + columns, q, mask=inside)
+
+
+def gelu(gate_up: Tensor, want: Want = PLAIN) -> Rows:
     """See `reference.gelu`."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out, pointers = _outputs(tokens, width, gate_up, fp8)
-    block, warps = _block(width)
-    _gelu[(tokens,)](gate_up, *pointers, width, block, fp8, num_warps=warps)
+    out, pointers = _outputs(tokens, width, gate_up, want)
+    _gelu[(tokens,)](gate_up, *pointers, width, 2048, want.plain, want.fp8, num_warps=16 if want.fp8 else 8)
     return out
 
 
 @triton.jit
-def _gelu_backward(dy, gate_up, plain, quantised, scale, width, BLOCK: tl.constexpr, FP8_TOO: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
+def _gelu_backward_piece(dy, gate_up, token, columns, width, inside):
     g = tl.load(dy + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(gate_up + token * 2 * width + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * width + width + columns, mask=inside, other=0.0).to(tl.float32)
     t = _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
     slope = 0.5 * (1.0 + t) + 0.5 * gate * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
-    dgate = (g * up * slope).to(plain.dtype.element_ty)
-    dup = (g * 0.5 * gate * (1.0 + t)).to(plain.dtype.element_ty)
-    at = token * 2 * width + columns
-    tl.store(plain + at, dgate, mask=inside)
-    tl.store(plain + at + width, dup, mask=inside)
-    if FP8_TOO:
-        a, b = dgate.to(tl.float32), dup.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0))
-        s = tl.maximum(largest, 1e-12) / MAX
+    like = gate_up.dtype.element_ty
+    half = 0.5 * gate * (1.0 + t)
+    return (g * up * slope).to(like), (g * half).to(like), (half * up).to(like)
+
+
+@triton.jit
+def _gelu_backward(
+    dy, gate_up, plain, quantised, scale, active, width,
+    BLOCK: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr, ACTIVE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros([BLOCK], tl.float32)
+    if IN_FP8:
+        for start in range(0, width, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            a, b, _ = _gelu_backward_piece(dy, gate_up, token, columns, width, columns < width)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(a.to(tl.float32)), tl.abs(b.to(tl.float32))))
+        s = tl.maximum(tl.max(largest, 0), 1e-12) / MAX
         tl.store(scale + token, s)
-        tl.store(quantised + at, (a / s).to(quantised.dtype.element_ty), mask=inside)
-        tl.store(quantised + at + width, (b / s).to(quantised.dtype.element_ty), mask=inside)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        at = token * 2 * width + columns
+        a, b, again = _gelu_backward_piece(dy, gate_up, token, columns, width, inside)
+        if ACTIVE:
+            tl.store(active + token * width + columns, again, mask=inside)
+        if IN_PLAIN:
+            tl.store(plain + at, a, mask=inside)
+            tl.store(plain + at + width, b, mask=inside)
+        if IN_FP8:
+            tl.store(quantised + at, (a.to(tl.float32) / s).to(quantised.dtype.element_ty), mask=inside)
+            tl.store(quantised + at + width, (b.to(tl.float32) / s).to(quantised.dtype.element_ty), mask=inside)
 
 
-def gelu_backward(dy: Tensor, gate_up: Tensor, fp8: bool) -> Rows:
+def gelu_backward(dy: Tensor, gate_up: Tensor, want: Want = PLAIN, active: bool = False) -> tuple[Rows, Tensor | None]:
     """See `reference.gelu_backward`."""
     tokens, width = dy.shape
-    out, pointers = _outputs(tokens, 2 * width, gate_up, fp8)
-    block, warps = _block(width)
-    _gelu_backward[(tokens,)](dy, gate_up, *pointers, width, block, fp8, num_warps=warps)
-    return out
+    out, pointers = _outputs(tokens, 2 * width, gate_up, want)
+    again = torch.empty_like(dy) if active else None
+    _gelu_backward[(tokens,)](
+        dy,
+        gate_up,
+        *pointers,
+        dy if again is None else again,
+        width,
+        8192,
+        want.plain,
+        want.fp8,
+        active,
+        num_warps=16 if want.fp8 else 8,
+    )
+    return out, again
 
 
 # --- rotary embedding -------------------------------------------------------------------------
@@ -197,7 +270,7 @@ def gelu_backward(dy: Tensor, gate_up: Tensor, fp8: bool) -> Rows:
 @triton.jit
 def _rotate(
     qkv, cos, sin, plain, quantised, scale, all_heads, heads, sign,
-    HALF: tl.constexpr, HEADS: tl.constexpr, FP8_TOO: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, HEADS)[:, None]
@@ -209,11 +282,12 @@ def _rotate(
     turned = head < heads
     c = tl.where(turned, tl.load(cos + token * HALF + column), 1.0)
     s = tl.where(turned, tl.load(sin + token * HALF + column) * sign, 0.0)
-    first = (a * c - b * s).to(plain.dtype.element_ty)
-    second = (b * c + a * s).to(plain.dtype.element_ty)
-    tl.store(plain + at, first, mask=inside)
-    tl.store(plain + at + HALF, second, mask=inside)
-    if FP8_TOO:
+    first = (a * c - b * s).to(qkv.dtype.element_ty)
+    second = (b * c + a * s).to(qkv.dtype.element_ty)
+    if IN_PLAIN:
+        tl.store(plain + at, first, mask=inside)
+        tl.store(plain + at + HALF, second, mask=inside)
+    if IN_FP8:
         x, y = first.to(tl.float32), second.to(tl.float32)
         largest = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0), tl.max(tl.max(tl.abs(y), 1), 0))
         q = tl.maximum(largest, 1e-12) / MAX
@@ -222,16 +296,17 @@ def _rotate(
         tl.store(quantised + at + HALF, (y / q).to(quantised.dtype.element_ty), mask=inside)
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False, fp8: bool = False) -> Rows:
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False, want: Want = PLAIN) -> Rows:
     """See `reference.rotate`."""
     tokens, width = qkv.shape
     half = cos.shape[-1]
     all_heads = width // (2 * half)
-    out, pointers = _outputs(tokens, width, qkv, fp8)
+    out, pointers = _outputs(tokens, width, qkv, want)
     sign = -1.0 if back else 1.0
     _rotate[(tokens,)](
-        qkv, cos, sin, *pointers, all_heads, heads, sign, half, triton.next_power_of_2(all_heads), fp8, num_warps=8
-    )
+        qkv, cos, sin, *pointers, all_heads, heads, sign,
+        half, triton.next_power_of_2(all_heads), want.plain, want.fp8, num_warps=8,
+    )  # fmt: skip
     return out
 
 
@@ -291,6 +366,11 @@ def _attend(
     tl.store(lse + head * tokens + q_at, m + tl.log(tl.where(total > 0, total, 1.0)), mask=there)
 
 
+def _tile(qkv: Tensor) -> tuple[int, int]:
+    """Queries and keys of one block on the way back: what was fastest on rows of a hundred tokens, heads of 256."""
+    return (32, 32) if qkv.element_size() == 2 else (16, 16)
+
+
 def attend(
     qkv: Tensor, bounds: Bounds, shape: tuple[int, int, int], scale: float, softcap: float | None, window: int | None
 ) -> tuple[Tensor, Tensor]:
@@ -299,9 +379,10 @@ def attend(
     tokens, row = qkv.shape
     out = torch.empty(tokens, heads * dim, dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
-    _attend[(triton.cdiv(tokens, 64), heads)](
+    m, n = (64, 32) if qkv.element_size() == 2 else (16, 16)
+    _attend[(triton.cdiv(tokens, m), heads)](
         qkv, out, lse, bounds.first, tokens, row, heads, kv_heads, scale, softcap or 1.0,
-        dim, 64, 32, softcap is not None, window or 0, num_warps=4, num_stages=2,
+        dim, m, n, softcap is not None, window or 0, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out, lse
 
@@ -421,11 +502,12 @@ def attend_backward(
     delta = torch.empty_like(lse)
     dqkv = torch.empty_like(qkv)
     _delta[(tokens,)](do, out, delta, tokens, heads, dim, triton.next_power_of_2(heads), num_warps=4)
-    common = (scale, softcap or 1.0, dim, 64, 32, softcap is not None, window or 0)
-    _attend_backward_q[(triton.cdiv(tokens, 64), heads)](
+    m, n = _tile(qkv)
+    common = (scale, softcap or 1.0, dim, m, n, softcap is not None, window or 0)
+    _attend_backward_q[(triton.cdiv(tokens, m), heads)](
         qkv, do, lse, delta, dqkv, bounds.first, tokens, row, heads, kv_heads, *common, num_warps=4, num_stages=2
     )
-    _attend_backward_kv[(triton.cdiv(tokens, 32), kv_heads)](
+    _attend_backward_kv[(triton.cdiv(tokens, n), kv_heads)](
         qkv, do, lse, delta, dqkv, bounds.first, bounds.last, tokens, row, heads, kv_heads, *common,
         num_warps=4, num_stages=2,
     )  # fmt: skip
@@ -458,3 +540,54 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
     _quantise[(x.shape[0],)](x, quantised, scale, x.shape[1], 4096, num_warps=8)
     return quantised, scale
+
+
+# --- the head ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _capped(logits, at, inside, cap, CAPPED: tl.constexpr):
+    """Capped logits, and the cap's slope."""
+    z = tl.load(logits + at, mask=inside, other=LOW).to(tl.float32)
+    slope = tl.full(z.shape, 1.0, tl.float32)
+    if CAPPED:
+        bend = _tanh(z / cap)
+        z = tl.where(inside, cap * bend, LOW)
+        slope = 1.0 - bend * bend
+    return z, slope
+
+
+@triton.jit
+def _label_gradient(logits, labels, losses, width, cap, BLOCK: tl.constexpr, CAPPED: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels + row)
+    m = tl.full([BLOCK], LOW, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z, _ = _capped(logits, row * width + columns, columns < width, cap, CAPPED)
+        m_new = tl.maximum(m, z)
+        total = total * tl.exp(m - m_new) + tl.exp(z - m_new)
+        m = m_new
+    top = tl.max(m, 0)
+    norm = top + tl.log(tl.sum(total * tl.exp(m - top), 0))
+    chosen = tl.load(logits + row * width + label).to(tl.float32)
+    if CAPPED:
+        chosen = cap * _tanh(chosen / cap)
+    tl.store(losses + row, norm - chosen)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        z, slope = _capped(logits, row * width + columns, inside, cap, CAPPED)
+        gradient = (tl.exp(z - norm) - tl.where(columns == label, 1.0, 0.0)) * slope
+        tl.store(logits + row * width + columns, gradient, mask=inside)
+
+
+def label_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """See `reference.label_gradient`."""
+    losses = torch.empty(len(labels), dtype=torch.float32, device=logits.device)
+    if len(labels):
+        _label_gradient[(len(labels),)](
+            logits, labels, losses, logits.shape[1], softcap or 1.0, 2048, softcap is not None, num_warps=8
+        )
+    return losses

@@ -13,16 +13,16 @@ windows, four norms a layer with 1 + weight, tanh-gelu.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from tuneship.kernels import reference
+from tuneship.kernels import operations
 from tuneship.kernels.frozen import Frozen
-from tuneship.kernels.reference import Bounds, Rows
+from tuneship.kernels.reference import PLAIN, Bounds, Rows, Want
 
 Keep = Literal["all", "most", "input"]
 
@@ -113,26 +113,38 @@ def run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def operations(x: Tensor) -> Any:
-    """The module that computes on this device."""
-    if not x.is_cuda:
-        return reference
-    from tuneship.kernels import fused
-
-    return fused
-
-
 class _Low:
-    """The low-rank side of one layer: which adapters meet which product, and what they need to go back."""
+    """The low-rank side of one layer: which adapters meet which product, and what they need to go back.
+
+    Adapters that stand side by side in a fused product are one pair of matrices here, B block-diagonal:
+    the product's output is read and written once for all of them.
+    """
 
     def __init__(self, adapters: Sequence[Adapter], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
         self.adapters = adapters
         self.a = [w.to(dtype) for w in weights[::2]]
         self.b = [(w * adapter.scale).to(dtype) for w, adapter in zip(weights[1::2], adapters, strict=True)]
+        self.inner: dict[int, Tensor] = {}
+        """x·Aᵀ of each adapter, from the way forward."""
+        self.d_inner: dict[int, Tensor] = {}
         self.gradients: list[Tensor | None] = [None] * (2 * len(adapters))
 
     def of(self, product: str) -> list[int]:
+        """The adapters of a product, in the order of its outputs."""
         return [index for index, adapter in enumerate(self.adapters) if adapter.product == product]
+
+    def _runs(self, product: str) -> list[list[int]]:
+        """The same, parted where outputs without an adapter lie between."""
+        runs: list[list[int]] = []
+        for index in self.of(product):
+            if runs and self.adapters[runs[-1][-1]].end == self.adapters[index].start:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        return runs
+
+    def _span(self, run: list[int]) -> slice:
+        return slice(self.adapters[run[0]].start, self.adapters[run[-1]].end)
 
     def masks(self, product: str, x: Tensor) -> dict[int, Tensor]:
         """Dropout's masks, drawn for each adapter on its own, as PEFT does."""
@@ -142,51 +154,81 @@ class _Low:
             if self.adapters[index].dropout
         }
 
-    def dropped(self, index: int, x: Tensor, masks: dict[int, Tensor]) -> Tensor:
+    def _dropped(self, index: int, x: Tensor, masks: dict[int, Tensor]) -> Tensor:
         return x * masks[index] / (1 - self.adapters[index].dropout) if index in masks else x
 
-    def forward(self, product: str, x: Tensor, y: Tensor, masks: dict[int, Tensor]) -> None:
+    def add(self, product: str, x: Tensor | None, y: Tensor, masks: dict[int, Tensor]) -> None:
         """Adds the adapters' share to a product's output, in place."""
-        here = self.of(product)
-        if here and not masks:
-            # One product with all A at once: the input is read once.
-            inner = (x @ torch.cat([self.a[index] for index in here]).t()).split([len(self.a[index]) for index in here], -1)
-        else:
-            inner = tuple(self.dropped(index, x, masks) @ self.a[index].t() for index in here)
-        for index, low in zip(here, inner, strict=True):
-            adapter = self.adapters[index]
-            y[:, adapter.start : adapter.end].addmm_(low, self.b[index].t())
-
-    def backward(self, product: str, x: Callable[[], Tensor], dy: Tensor, dx: Tensor | None, masks: dict[int, Tensor]) -> None:
-        """Notes the adapters' gradients, and adds their share to the input's, in place."""
         here = self.of(product)
         if not here:
             return
-        source = x()
-        for index in here:
-            adapter, a, b = self.adapters[index], self.a[index], self.b[index]
-            part = dy[:, adapter.start : adapter.end]
-            dropped = self.dropped(index, source, masks)
-            low, d_low = dropped @ a.t(), part @ b
-            self.gradients[2 * index] = (d_low.t() @ dropped).float()
-            self.gradients[2 * index + 1] = (part.t() @ low).float() * adapter.scale
-            if dx is not None:
-                if index in masks:
-                    dx += self.dropped(index, d_low @ a, masks)
-                else:
-                    dx.addmm_(d_low, a)
+        assert x is not None
+        if masks:
+            inner = [self._dropped(index, x, masks) @ self.a[index].t() for index in here]
+        else:
+            inner = list(
+                (x @ torch.cat([self.a[index] for index in here]).t()).split([len(self.a[i]) for i in here], -1)
+            )
+        self.inner.update(zip(here, inner, strict=True))
+        for run in self._runs(product):
+            low = torch.cat([self.inner[index] for index in run], -1)
+            y[:, self._span(run)].addmm_(low, torch.block_diag(*[self.b[index] for index in run]).t())
+
+    def add_back(self, product: str, dy: Tensor | None, dx: Tensor | None, masks: dict[int, Tensor]) -> None:
+        """Adds the adapters' share to the gradient of a product's input, in place."""
+        here = self.of(product)
+        if not here:
+            return
+        assert dy is not None
+        for run in self._runs(product):
+            both = dy[:, self._span(run)] @ torch.block_diag(*[self.b[index] for index in run])
+            self.d_inner.update(zip(run, both.split([len(self.a[index]) for index in run], -1), strict=True))
+        if dx is None:
+            return
+        if masks:
+            for index in here:
+                dx += self._dropped(index, self.d_inner[index] @ self.a[index], masks)
+        else:
+            dx.addmm_(torch.cat([self.d_inner[i] for i in here], -1), torch.cat([self.a[index] for index in here]))
+
+    def note(self, product: str, x: Tensor | None, dy: Tensor | None, masks: dict[int, Tensor]) -> None:
+        """Notes the gradients of the adapters' weights."""
+        here = self.of(product)
+        if not here:
+            return
+        assert x is not None and dy is not None
+        if masks:
+            d_a = [self.d_inner[index].t() @ self._dropped(index, x, masks) for index in here]
+        else:
+            both = torch.cat([self.d_inner[index] for index in here], -1).t() @ x
+            d_a = list(both.split([len(self.a[index]) for index in here]))
+        for index, gradient in zip(here, d_a, strict=True):
+            self.gradients[2 * index] = gradient.float()
+        for run in self._runs(product):
+            whole = dy[:, self._span(run)].t() @ torch.cat([self.inner[index] for index in run], -1)
+            row = column = 0
+            for index in run:
+                adapter, rank = self.adapters[index], len(self.a[index])
+                height = adapter.end - adapter.start
+                block = whole[row : row + height, column : column + rank]
+                self.gradients[2 * index + 1] = block.float() * adapter.scale
+                row, column = row + height, column + rank
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, of: Batch, adapters: tuple[Adapter, ...], keep: Keep, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, layer: Layer, of: Batch, adapters: tuple[Adapter, ...], keep: Keep, *weights: Tensor
+    ) -> Tensor:
         low = _Low(adapters, weights, x.dtype)
         masks = {}
         if any(adapter.dropout for adapter in adapters):
-            widths = {"qkv": layer.shape.width, "o": layer.shape.heads * layer.shape.head_dim,
-                      "gate_up": layer.shape.width, "down": layer.shape.feed_forward}  # fmt: skip
+            shape = layer.shape
+            attended = shape.heads * shape.head_dim
+            widths = {"qkv": shape.width, "o": attended, "gate_up": shape.width, "down": shape.feed_forward}
             masks = {name: low.masks(name, x.new_empty(len(x), width)) for name, width in widths.items()}
         out, kept = _forward(x, layer, of, low, masks)
+        kept |= {f"inner {index}": tensor for index, tensor in low.inner.items()}
         if keep == "input":
             kept = {}
         elif keep == "most":
@@ -201,7 +243,9 @@ class _Layer(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         kept = dict(zip(ctx.names, rest, strict=False))
         low = _Low(ctx.adapters, rest[len(kept) :], x.dtype)
-        if "qkv" not in kept:
+        if kept:
+            low.inner = {index: kept[f"inner {index}"] for index in range(len(ctx.adapters))}
+        else:
             kept = _forward(x, ctx.layer, ctx.of, low, ctx.masks)[1]
         dx = _backward(gradients[0].contiguous(), x, kept, ctx.layer, ctx.of, low, ctx.masks, ctx.needs_input_grad[0])
         return dx, None, None, None, None, *low.gradients
@@ -212,18 +256,18 @@ def _forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The layer's output, and what the way back needs."""
     ops, shape, products = operations(x), layer.shape, layer.products
-    hidden, r_input = ops.norm(x, layer.norms["input"], shape.eps, products["qkv"].fp8)
+    hidden, r_input = ops.norm(x, layer.norms["input"], shape.eps, _want(layer, low, "qkv"))
     qkv = products["qkv"].forward(hidden)
-    low.forward("qkv", hidden.plain, qkv, masks.get("qkv", {}))
+    low.add("qkv", hidden.plain, qkv, masks.get("qkv", {}))
     qkv = ops.rotate(qkv, of.cos, of.sin, shape.heads + shape.kv_heads).plain
-    attended, lse = _attend(ops, qkv, layer, of)
-    projected = products["o"].forward(_rows(ops, attended, products["o"]))
-    low.forward("o", attended, projected, masks.get("o", {}))
+    attended, lse = ops.attend(qkv, of.bounds, *_attention_numbers(layer))
+    projected = products["o"].forward(Rows(attended, *(ops.quantise(attended) if products["o"].fp8 else ())))
+    low.add("o", attended, projected, masks.get("o", {}))
     middle, r_attention = ops.add_norm(x, projected, layer.norms["post_attention"], shape.eps)
     gate_up, r_middle = _gate_up(ops, middle, layer, low, masks)
-    active = ops.gelu(gate_up, products["down"].fp8)
+    active = ops.gelu(gate_up, _want(layer, low, "down"))
     down = products["down"].forward(active)
-    low.forward("down", active.plain, down, masks.get("down", {}))
+    low.add("down", active.plain, down, masks.get("down", {}))
     out, r_down = ops.add_norm(middle, down, layer.norms["post_feedforward"], shape.eps)
     return out, {
         "r_input": r_input,
@@ -240,13 +284,18 @@ def _forward(
     }
 
 
+def _want(layer: Layer, low: _Low, product: str, *, needed: bool = True) -> Want:
+    """The forms in which a product and its adapters read a matrix."""
+    fp8 = layer.products[product].fp8 and needed
+    return Want(plain=not fp8 or bool(low.of(product)), fp8=fp8)
+
+
 def _gate_up(
     ops: Any, middle: Tensor, layer: Layer, low: _Low, masks: dict[str, dict[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    product = layer.products["gate_up"]
-    hidden, r_middle = ops.norm(middle, layer.norms["pre_feedforward"], layer.shape.eps, product.fp8)
-    gate_up = product.forward(hidden)
-    low.forward("gate_up", hidden.plain, gate_up, masks.get("gate_up", {}))
+    hidden, r_middle = ops.norm(middle, layer.norms["pre_feedforward"], layer.shape.eps, _want(layer, low, "gate_up"))
+    gate_up = layer.products["gate_up"].forward(hidden)
+    low.add("gate_up", hidden.plain, gate_up, masks.get("gate_up", {}))
     return gate_up, r_middle
 
 
@@ -266,49 +315,45 @@ def _backward(
     gate_up = kept["gate_up"] if "gate_up" in kept else _gate_up(ops, middle, layer, low, masks)[0]
 
     d_down = ops.norm_backward(
-        d_out, kept["down"], norms["post_feedforward"], kept["r_down"], None, products["down"].fp8
+        d_out, kept["down"], norms["post_feedforward"], kept["r_down"], None, _want(layer, low, "down")
     )
     d_active = products["down"].backward(d_down)
-    low.backward("down", lambda: ops.gelu(gate_up, False).plain, d_down.plain, d_active, masks.get("down", {}))
-    d_gate_up = ops.gelu_backward(d_active, gate_up, products["gate_up"].fp8)
+    low.add_back("down", d_down.plain, d_active, masks.get("down", {}))
+    d_gate_up, active = ops.gelu_backward(d_active, gate_up, _want(layer, low, "gate_up"), bool(low.of("down")))
+    low.note("down", active, d_down.plain, masks.get("down", {}))
     d_hidden = products["gate_up"].backward(d_gate_up)
-    low.backward(
-        "gate_up",
-        lambda: ops.norm(middle, norms["pre_feedforward"], shape.eps, False)[0].plain,
-        d_gate_up.plain,
-        d_hidden,
-        masks.get("gate_up", {}),
-    )
-    d_middle = ops.norm_backward(d_hidden, middle, norms["pre_feedforward"], kept["r_middle"], d_out, False).plain
+    low.add_back("gate_up", d_gate_up.plain, d_hidden, masks.get("gate_up", {}))
+    if low.of("gate_up"):
+        hidden = ops.norm(middle, norms["pre_feedforward"], shape.eps, PLAIN)[0].plain
+        low.note("gate_up", hidden, d_gate_up.plain, masks.get("gate_up", {}))
+    d_middle = ops.norm_backward(d_hidden, middle, norms["pre_feedforward"], kept["r_middle"], d_out, PLAIN).plain
 
     d_projected = ops.norm_backward(
-        d_middle, kept["projected"], norms["post_attention"], kept["r_attention"], None, products["o"].fp8
+        d_middle, kept["projected"], norms["post_attention"], kept["r_attention"], None, _want(layer, low, "o")
     )
     d_attended = products["o"].backward(d_projected)
-    low.backward("o", lambda: kept["attended"], d_projected.plain, d_attended, masks.get("o", {}))
+    low.add_back("o", d_projected.plain, d_attended, masks.get("o", {}))
+    low.note("o", kept["attended"], d_projected.plain, masks.get("o", {}))
     turned = ops.attend_backward(
         d_attended, kept["attended"], kept["lse"], kept["qkv"], of.bounds, *_attention_numbers(layer)
     )
     d_qkv = ops.rotate(
-        turned, of.cos, of.sin, shape.heads + shape.kv_heads, back=True, fp8=products["qkv"].fp8 and wanted
+        turned,
+        of.cos,
+        of.sin,
+        shape.heads + shape.kv_heads,
+        back=True,
+        want=_want(layer, low, "qkv", needed=wanted),
     )
     d_first = products["qkv"].backward(d_qkv) if wanted else None
-    low.backward(
-        "qkv",
-        lambda: ops.norm(x, norms["input"], shape.eps, False)[0].plain,
-        d_qkv.plain,
-        d_first,
-        masks.get("qkv", {}),
-    )
+    low.add_back("qkv", d_qkv.plain, d_first, masks.get("qkv", {}))
+    if low.of("qkv"):
+        hidden = ops.norm(x, norms["input"], shape.eps, PLAIN)[0].plain
+        low.note("qkv", hidden, d_qkv.plain, masks.get("qkv", {}))
     if d_first is None:
         return None
-    dx: Tensor = ops.norm_backward(d_first, x, norms["input"], kept["r_input"], d_middle, False).plain
+    dx: Tensor = ops.norm_backward(d_first, x, norms["input"], kept["r_input"], d_middle, PLAIN).plain
     return dx
-
-
-def _attend(ops: Any, qkv: Tensor, layer: Layer, of: Batch) -> tuple[Tensor, Tensor]:
-    attended: tuple[Tensor, Tensor] = ops.attend(qkv, of.bounds, *_attention_numbers(layer))
-    return attended
 
 
 def _attention_numbers(layer: Layer) -> tuple[tuple[int, int, int], float, float | None, int | None]:
@@ -321,14 +366,10 @@ def _attention_numbers(layer: Layer) -> tuple[tuple[int, int, int], float, float
     )
 
 
-def _rows(ops: Any, x: Tensor, product: Frozen) -> Rows:
-    return Rows(x, *ops.quantise(x)) if product.fp8 else Rows(x)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normed, r = operations(x).norm(x, weight, eps, False)
+        normed, r = operations(x).norm(x, weight, eps, PLAIN)
         ctx.save_for_backward(x, weight, r)
         plain: Tensor = normed.plain
         return plain
@@ -336,4 +377,4 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         x, weight, r = ctx.saved_tensors
-        return operations(x).norm_backward(gradients[0].contiguous(), x, weight, r, None, False).plain, None, None
+        return operations(x).norm_backward(gradients[0].contiguous(), x, weight, r, None, PLAIN).plain, None, None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
+
 # Largest number of e4m3 (OCP 8-bit floating point specification, table 1).
 FP8_MAX = 448.0
 
@@ -20,7 +21,8 @@ FP8_MAX = 448.0
 class Rows:
     """A matrix whose rows meet a frozen weight: as it is, and in fp8 where the weight is fp8."""
 
-    plain: Tensor
+    plain: Tensor | None
+    """None where nobody needs it: the product is in fp8, and no adapter meets it."""
     quantised: Tensor | None = None
     scale: Tensor | None = None
     """(rows, 1), float32: plain ≈ quantised · scale."""
@@ -33,50 +35,65 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scale).to(FP8), scale
 
 
-def rows(x: Tensor, fp8: bool) -> Rows:
-    """A matrix, quantised too if wanted."""
-    return Rows(x, *quantise(x)) if fp8 else Rows(x)
+@dataclass(frozen=True)
+class Want:
+    """Which forms of a matrix its readers need."""
+
+    plain: bool = True
+    fp8: bool = False
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, fp8: bool) -> tuple[Rows, Tensor]:
+PLAIN = Want()
+
+
+def rows(x: Tensor, want: Want) -> Rows:
+    """A matrix in the forms that are wanted."""
+    return Rows(x if want.plain else None, *(quantise(x) if want.fp8 else (None, None)))
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, want: Want = PLAIN) -> tuple[Rows, Tensor]:
     """Gemma's RMS norm, x / rms(x) · (1 + weight); and 1 / rms(x), (tokens,)."""
     r = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
-    return rows((x.float() * r * (1.0 + weight.float())).to(x.dtype), fp8), r[:, 0]
+    return rows((x.float() * r * (1.0 + weight.float())).to(x.dtype), want), r[:, 0]
 
 
 def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """residual + norm(x); and 1 / rms(x)."""
-    normed, r = norm(x, weight, eps, False)
+    normed, r = norm(x, weight, eps)
+    assert normed.plain is not None
     return residual + normed.plain, r
 
 
-def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None, fp8: bool) -> Rows:
+def norm_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None = None, want: Want = PLAIN
+) -> Rows:
     """Gradient of the norm's input, plus `add`."""
     g = dy.float() * (1.0 + weight.float())
     unit = x.float() * r[:, None]
     dx = r[:, None] * (g - unit * (g * unit).mean(-1, keepdim=True))
     if add is not None:
         dx = dx + add.float()
-    return rows(dx.to(x.dtype), fp8)
+    return rows(dx.to(x.dtype), want)
 
 
-def gelu(gate_up: Tensor, fp8: bool) -> Rows:
+def gelu(gate_up: Tensor, want: Want = PLAIN) -> Rows:
     """gelu(gate) · up, with the tanh form of gelu, of (tokens, 2 · width)."""
     gate, up = gate_up.float().chunk(2, -1)
-    return rows((torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype), fp8)
+    return rows((torch.nn.functional.gelu(gate, approximate="tanh") * up).to(gate_up.dtype), want)
 
 
-def gelu_backward(dy: Tensor, gate_up: Tensor, fp8: bool) -> Rows:
-    """Gradient of (gate, up), (tokens, 2 · width)."""
+def gelu_backward(dy: Tensor, gate_up: Tensor, want: Want = PLAIN, active: bool = False) -> tuple[Rows, Tensor | None]:
+    """Gradient of (gate, up), (tokens, 2 · width); and gelu(gate) · up again, if `active`."""
     gate, up = gate_up.float().chunk(2, -1)
     inner = 0.7978845608028654 * (gate + 0.044715 * gate.pow(3))
     t = torch.tanh(inner)
     slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * gate.pow(2))
-    dgate, dup = dy.float() * up * slope, dy.float() * 0.5 * gate * (1 + t)
-    return rows(torch.cat([dgate, dup], -1).to(gate_up.dtype), fp8)
+    half = 0.5 * gate * (1 + t)
+    gradient = torch.cat([dy.float() * up * slope, dy.float() * half], -1).to(gate_up.dtype)
+    return rows(gradient, want), (half * up).to(gate_up.dtype) if active else None
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False, fp8: bool = False) -> Rows:
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False, want: Want = PLAIN) -> Rows:
     """Rotary embedding of the first `heads` heads of (tokens, all heads · head_dim); `back` undoes it.
 
     Args:
@@ -88,7 +105,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = Fa
     a, b = turned[:, :, 0], turned[:, :, 1]
     c, s = cos[:, None], -sin[:, None] if back else sin[:, None]
     out = torch.stack([a * c - b * s, b * c + a * s], 2).reshape(len(qkv), width).to(qkv.dtype)
-    return rows(torch.cat([out, qkv[:, width:]], -1), fp8)
+    return rows(torch.cat([out, qkv[:, width:]], -1), want)
 
 
 @dataclass(frozen=True)
@@ -167,3 +184,22 @@ def _scores(
     if window is not None:
         seen &= at[None] > at[:, None] - window
     return scores.masked_fill(~seen, float("-inf")), slope
+
+
+def label_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """Replaces logits by the gradient of their summed cross-entropy; returns each row's loss, float32.
+
+    Args:
+        logits: (labels, vocabulary), before the cap; overwritten.
+        labels: (labels,), int64.
+    """
+    capped, slope = logits.float(), 1.0
+    if softcap is not None:
+        bend = torch.tanh(capped / softcap)
+        capped, slope = softcap * bend, 1 - bend * bend
+    norm = capped.logsumexp(-1, keepdim=True)
+    losses = norm - capped.gather(1, labels[:, None])
+    # d loss / d logits = softmax - one-hot, through the cap's slope 1 - tanh².
+    gradient = capped.sub_(norm).exp_().scatter_add_(1, labels[:, None], -torch.ones_like(norm))
+    logits.copy_(gradient.mul_(slope))
+    return losses[:, 0]
