@@ -201,7 +201,11 @@ def _answer(
     row: HeldOut, completion: Completion | None, contract: Prompt, judge: Callable[[HeldOut, str], tuple[str, str]]
 ) -> Answer:
     if completion is None:
-        return Answer("", "error", "the prompt is longer than the model's context", False, False, 0)
+        # Judged all the same: a row that cannot be judged is left out for every system.
+        verdict, detail = judge(row, "")
+        if verdict != "unjudged":
+            verdict, detail = "error", "the prompt is longer than the model's context"
+        return Answer("", verdict, detail, False, False, 0)
     text = contract.answer(completion.text)
     verdict, detail = judge(row, text)
     exact = text.split() == row.answer.split()
