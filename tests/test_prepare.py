@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import sql_rows, write_rows
+from samples import sql_rows, write_rows
 
 from tuneship import journal, prompt
 from tuneship.data import heldout

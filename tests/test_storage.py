@@ -15,7 +15,7 @@ from typing import Any
 
 import fake_gcs
 import pytest
-from conftest import sql_rows, write_rows
+from samples import sql_rows, write_rows
 
 from tuneship import journal, storage
 from tuneship.data import sources

@@ -1,6 +1,6 @@
 """SIGTERM and ctrl-C as a flag.
 
-python -m pytest tests/test_signals.py -v
+python -m pytest tests/test_stop_flag.py -v
 """
 
 from __future__ import annotations
