@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
@@ -195,3 +195,40 @@ def in_background(call: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]
     thread = threading.Thread(target=lambda: results.append(call()))
     thread.start()
     return thread, results
+
+
+def sse(*choices: dict[str, object], end: bytes = b"data: [DONE]\n\n") -> bytes:
+    events = b"".join(b"data: " + json.dumps({"choices": [choice]}).encode() + b"\n\n" for choice in choices)
+    return b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + events + end
+
+
+@contextmanager
+def canned(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
+    """A server that lists the model `stub` and answers every POST with the same bytes."""
+    listed = b'{"data": [{"id": "stub", "max_model_len": 200}]}'
+    models = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(listed), listed)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                request = connection.recv(65536)
+                if asked is not None:
+                    asked.append(request)
+                # Who is answered may be gone before the end.
+                with suppress(ConnectionError):
+                    connection.sendall(answer if request.startswith(b"POST") else models)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        # Wakes accept.
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join(WAIT_S)

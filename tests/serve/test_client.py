@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit import Running, StubEngine, running
+from kit import Running, StubEngine, canned, running
 
 from tuneship import credentials
 from tuneship.database import Result, SqlError
@@ -80,20 +80,31 @@ def test_sql_that_does_not_run_is_printed_and_told(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == "DROP TABLE t\n"
 
 
+class Terminal(io.StringIO):
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.writes += [text] if text else []
+        return len(text)
+
+
 def test_a_terminal_gets_pieces_as_they_come(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        writes: list[str] = []  # noqa: RUF012
-
-        def isatty(self) -> bool:
-            return True
-
-        def write(self, text: str) -> int:
-            self.writes.append(text)
-            return len(text)
-
-    monkeypatch.setattr(sys, "stdout", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
     ask(served.url, "which?")
-    assert [text for text in Terminal.writes if text] == ["SELECT", " name FROM", " t", "\n"]
+    assert terminal.writes == ["SELECT", " name FROM", " t", "\n"]
+
+
+def test_a_terminal_gets_no_blanks_first_and_no_controls(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert client._show(iter([" ", " a\x1b", "\nb "]), quiet=False) == "a\x1b\nb"
+    assert terminal.writes == ["a·", "\nb ", "\n"]
 
 
 def test_a_folder_is_asked_without_a_server(
@@ -137,7 +148,18 @@ def test_a_refusal_is_the_users_to_mend(served: Running) -> None:
         ask(served.url, "which?" * 100)
 
 
-def test_a_server_that_breaks_off_is_told() -> None:
+def test_a_server_that_ends_too_early_is_told() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    for frames, message in (
+        (b'data: {"text": "SELECT"}\n\n', "the server broke off"),
+        (b'data: {"error": {"message": "out of memory"}}\n\n', "broke off: out of memory"),
+        (b"data: {\n\n", "no gateway of ours"),
+    ):
+        with canned(head + frames) as url, pytest.raises(OutsideError, match=message):
+            ask(url, "which?")
+
+
+def test_a_server_that_is_stopped_is_told() -> None:
     engine = StubEngine(hold=1)
     with running(engine) as served:
 

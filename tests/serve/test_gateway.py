@@ -16,7 +16,9 @@ from kit import WAIT_S, Running, StubEngine, frames, in_background, running
 
 from tuneship.serve.keys import KeyFile
 from tuneship.serve.limits import Limits
+from tuneship.serve.server import listen
 from tuneship.serve.shapes import ApiError
+from tuneship.serve.wire import tire
 
 PROMPT = {"prompt": "Question: one?\nContext: \nAnswer:"}
 POSTS = ("/v1/completions", "/v1/chat/completions", "/ask", "/generate")
@@ -430,6 +432,8 @@ def test_whatever_ends_a_request_leaves_nothing_open() -> None:
         get("/health"),
     ]
     with running(engine) as served:
+        # Once before counting: the loop opens files of its own when it starts.
+        assert exchange(served, requests[0])[0] == 200
         open_before = open_files()
         for number in range(300):
             request = requests[number % len(requests)]
@@ -553,8 +557,10 @@ def test_who_leaves_while_waiting_gives_the_place_back() -> None:
 def test_a_body_that_does_not_come_is_given_up() -> None:
     with running(limits=Limits(body_s=0.2)) as served:
         head = b"POST /ask HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        began = time.monotonic()
         status, _, body = exchange(served, head + b'Content-Length: 100\r\n\r\n{"que')
         assert status == 408
+        assert time.monotonic() - began < 3.0
         assert_error(408, body, "body_timeout")
         assert "tuneship_requests_waiting 0.0" in served.get("/metrics").text
 
@@ -595,7 +601,15 @@ def test_a_head_that_does_not_come_is_cut_off() -> None:
                 raise ConnectionResetError
 
 
-def test_a_reader_who_takes_nothing_is_cut_off() -> None:
+def test_a_head_that_came_is_not_cut_off() -> None:
+    with running(StubEngine(hold=0), limits=Limits(head_s=0.2, request_s=0.6)) as served:
+        assert served.post("/v1/completions", PROMPT).status_code == 504
+
+
+@pytest.mark.parametrize("kernel", [True, False], ids=["the kernel helps", "the kernel does not"])
+def test_a_reader_who_takes_nothing_is_cut_off(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel:
+        monkeypatch.setattr("tuneship.serve.server.tire", lambda listening, stall_s: None)
     engine = StubEngine(pieces=["x" * 100_000] * 200)
     with running(engine, limits=Limits(stall_s=0.5)) as served:
         with socket.socket() as connection:
@@ -606,6 +620,12 @@ def test_a_reader_who_takes_nothing_is_cut_off() -> None:
             engine.wait_running(1)
             engine.wait_running(0)
         assert served.lines()[-1]["code"] == "client_gone"
+
+
+def test_the_kernel_is_told() -> None:
+    with listen("127.0.0.1", 0) as listening:
+        tire(listening, 1.5)
+        assert listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 1500
 
 
 def test_a_slow_reader_is_waited_for() -> None:

@@ -129,7 +129,8 @@ def test_a_second_signal_ends_it_at_once() -> None:
         while client.get("/health").status_code != 200:
             pass
         with client.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as answer:
-            next(answer.iter_lines())
+            lines = answer.iter_lines()
+            next(lines)
             child.send_signal(signal.SIGTERM)
             while client.get("/health").json().get("error", {}).get("code") != "draining":
                 pass
