@@ -91,6 +91,7 @@ def test_the_interval_of_a_gain_is_that_of_its_mean() -> None:
     ("tuned", "gain", "reasons"),
     [
         (0.7, 0.2, []),
+        (0.7, 0.3 - 0.1, []),
         (0.699, 0.2, ["score 0.699 is below evaluate.gate.min_score 0.7"]),
         (0.9, 0.1, ["gain +0.100 is below evaluate.gate.min_gain 0.2"]),
         (0.1, -0.3, ["score 0.100 is below", "gain -0.300 is below"]),

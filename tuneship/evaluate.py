@@ -36,6 +36,8 @@ from tuneship.signals import StopFlag, stop_flag
 # Of a two-sided 95 % interval of the normal distribution.
 _Z = 1.959964
 _RESAMPLES = 2000
+# 0.3 - 0.1 is a little less than 0.2, and a gain of 20 points all the same.
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -279,8 +281,8 @@ def _bootstrap(differences: Sequence[int]) -> tuple[float, float]:
 
 def _gate(tuned: Score, gain: float, gate: Gate) -> dict[str, Any]:
     reasons = []
-    if tuned.score < gate.min_score:
+    if tuned.score < gate.min_score - _ROUNDING:
         reasons.append(f"score {tuned.score:.3f} is below evaluate.gate.min_score {gate.min_score:g}")
-    if gain < gate.min_gain:
+    if gain < gate.min_gain - _ROUNDING:
         reasons.append(f"gain {gain:+.3f} is below evaluate.gate.min_gain {gate.min_gain:g}")
     return {"passed": not reasons, "reasons": reasons}

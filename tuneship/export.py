@@ -78,7 +78,7 @@ def merge(files: BaseFiles, adapter: Path, target: Path) -> None:
     scale = config["lora_alpha"] / config["r"]
     weights = load_file(adapter / models.WEIGHTS)
     pairs = {_base_name(n): (t, weights[n.replace("lora_A", "lora_B")]) for n, t in weights.items() if "lora_A" in n}
-    merged = 0
+    merged = size = 0
     shards = files.weight_files()
     with progress("shards merged", len(shards)) as shown:
         for shard in shards:
@@ -92,10 +92,11 @@ def merge(files: BaseFiles, adapter: Path, target: Path) -> None:
                         merged += 1
                     tensors[name] = tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
             save_file(tensors, target / shard.name, metadata={"format": "pt"})
+            size += sum(tensor.nbytes for tensor in tensors.values())
             shown.advance()
     if merged != len(pairs):
         raise InputError(f"{len(pairs) - merged} of the adapter's targets are not in the base", where=str(files.folder))
-    _write_index(files, target)
+    _write_index(files, target, size)
     _copy_rest(files, adapter, target)
 
 
@@ -104,11 +105,11 @@ def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
 
 
-def _write_index(files: BaseFiles, target: Path) -> None:
+def _write_index(files: BaseFiles, target: Path, size: int) -> None:
     index = files.folder / "model.safetensors.index.json"
     if index.exists():
         content = json.loads(index.read_text(encoding="utf-8"))
-        content["metadata"] = {"total_size": sum(file.stat().st_size for file in target.glob("*.safetensors"))}
+        content["metadata"] = {"total_size": size}
         (target / index.name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 

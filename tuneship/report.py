@@ -105,7 +105,9 @@ def loss_chart(metrics: Sequence[dict[str, Any]]) -> Chart:
 
 
 def _nice(value: float) -> float:
-    """The next round number above a value: 1, 2, 4 or 8 times a power of ten."""
+    """The next round number above a value: 1, 2, 4 or 8 times a power of ten; 1 above 0."""
+    if value <= 0:
+        return 1.0
     scale: float = 10.0 ** len(str(int(value)))
     while scale / 10 > value:
         scale /= 10
