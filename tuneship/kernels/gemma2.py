@@ -113,6 +113,15 @@ def run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
+def _block_diagonal(blocks: list[Tensor]) -> Tensor:
+    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def _parts(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
+    return list(torch.split(x, sizes, dim))  # type: ignore[no-untyped-call]
+
+
 class _Low:
     """The low-rank side of one layer: which adapters meet which product, and what they need to go back.
 
@@ -166,13 +175,12 @@ class _Low:
         if masks:
             inner = [self._dropped(index, x, masks) @ self.a[index].t() for index in here]
         else:
-            inner = list(
-                (x @ torch.cat([self.a[index] for index in here]).t()).split([len(self.a[i]) for i in here], -1)
-            )
+            both = x @ torch.cat([self.a[index] for index in here]).t()
+            inner = _parts(both, [len(self.a[index]) for index in here], -1)
         self.inner.update(zip(here, inner, strict=True))
         for run in self._runs(product):
             low = torch.cat([self.inner[index] for index in run], -1)
-            y[:, self._span(run)].addmm_(low, torch.block_diag(*[self.b[index] for index in run]).t())
+            y[:, self._span(run)].addmm_(low, _block_diagonal([self.b[index] for index in run]).t())
 
     def add_back(self, product: str, dy: Tensor | None, dx: Tensor | None, masks: dict[int, Tensor]) -> None:
         """Adds the adapters' share to the gradient of a product's input, in place."""
@@ -181,8 +189,8 @@ class _Low:
             return
         assert dy is not None
         for run in self._runs(product):
-            both = dy[:, self._span(run)] @ torch.block_diag(*[self.b[index] for index in run])
-            self.d_inner.update(zip(run, both.split([len(self.a[index]) for index in run], -1), strict=True))
+            both = dy[:, self._span(run)] @ _block_diagonal([self.b[index] for index in run])
+            self.d_inner.update(zip(run, _parts(both, [len(self.a[index]) for index in run], -1), strict=True))
         if dx is None:
             return
         if masks:
@@ -201,7 +209,7 @@ class _Low:
             d_a = [self.d_inner[index].t() @ self._dropped(index, x, masks) for index in here]
         else:
             both = torch.cat([self.d_inner[index] for index in here], -1).t() @ x
-            d_a = list(both.split([len(self.a[index]) for index in here]))
+            d_a = _parts(both, [len(self.a[index]) for index in here], 0)
         for index, gradient in zip(here, d_a, strict=True):
             self.gradients[2 * index] = gradient.float()
         for run in self._runs(product):

@@ -166,7 +166,8 @@ def attend_backward(
 def _heads(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """(heads, tokens, head_dim) each, keys and values repeated for their heads."""
     heads, kv_heads, head_dim = shape
-    q, k, v = qkv.view(len(qkv), -1, head_dim).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    parts = torch.split(qkv.view(len(qkv), -1, head_dim).transpose(0, 1), [heads, kv_heads, kv_heads])  # type: ignore[no-untyped-call]
+    q, k, v = parts
     return q, k.repeat_interleave(heads // kv_heads, 0), v.repeat_interleave(heads // kv_heads, 0)
 
 
@@ -193,7 +194,8 @@ def label_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Ten
         logits: (labels, vocabulary), before the cap; overwritten.
         labels: (labels,), int64.
     """
-    capped, slope = logits.float(), 1.0
+    capped = logits.float()
+    slope = torch.ones(())
     if softcap is not None:
         bend = torch.tanh(capped / softcap)
         capped, slope = softcap * bend, 1 - bend * bend

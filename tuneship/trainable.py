@@ -1,0 +1,204 @@
+"""The model that trains: transformers' with PEFT, or, for Gemma 2 on a GPU, our own layers.
+
+Either way PEFT holds the adapter: its names, its files, its parameters. For our own layers the
+transformers model stands on the meta device, an empty frame for PEFT; the frozen weights go from
+their safetensors straight to the card, in the precision that the recipe names, and the arithmetic
+is `tuneship.kernels.gemma2`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tuneship import model as models
+from tuneship.base import BaseFiles
+from tuneship.kernels import attention, gemma2, operations
+from tuneship.kernels.attention import Documents, Layout
+from tuneship.kernels.frozen import Fp8, Frozen, Nf4, Plain
+from tuneship.kernels.gemma2 import Adapter, Keep, Layer, Shape
+from tuneship.kernels.reference import Bounds
+from tuneship.model import LoadedModel
+from tuneship.recipe import Lora
+
+_NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
+# Threads that read weights; one does not reach the disk's speed.
+_READERS = 8
+
+
+def load(files: BaseFiles, precision: str, lora: Lora, *, seed: int, device: torch.device | None = None) -> LoadedModel:
+    """A base with a fresh adapter, ready to train.
+
+    Raises:
+        InputError: the architecture is not supported, or the device lacks the precision.
+    """
+    models.check_architecture(files)
+    device = device or models.pick_device()
+    if device.type == "cuda" and files.config["model_type"] == "gemma2":
+        return load_by_hand(files, precision, lora, seed=seed, device=device)
+    model = models.load(files, precision, device)
+    models.add_lora(model, lora, seed=seed)
+    return model
+
+
+def load_by_hand(files: BaseFiles, precision: str, lora: Lora, *, seed: int, device: torch.device) -> HandModel:
+    """A Gemma 2 on our own layers, with a fresh adapter."""
+    shape = read_shape(files.config)
+    dtype = torch.float32 if precision == "float32" or device.type == "cpu" else torch.bfloat16
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(files.folder), attn_implementation=attention.NAME
+        )
+    causal.requires_grad_(False)
+    with _Weights(files, device, dtype) as weights:
+        layers = _read_layers(weights, files.config, shape, precision)
+        model = HandModel(
+            causal,
+            models.load_tokenizer(files),
+            files,
+            device,
+            shape=shape,
+            layers=layers,
+            embedding=weights["model.embed_tokens.weight"],
+            last_norm=weights["model.norm.weight"],
+        )
+    models.add_lora(model, lora, seed=seed)
+    model.materialise(seed)
+    return model
+
+
+@dataclass(kw_only=True)
+class HandModel(LoadedModel):
+    """A Gemma 2 whose layers are ours. `causal` is an empty frame that PEFT's parameters hang in."""
+
+    shape: Shape
+    layers: list[Layer]
+    embedding: Tensor
+    """(vocabulary, width); the head too."""
+    last_norm: Tensor
+    keep: Keep = "all"
+    """What a layer keeps for the way back."""
+
+    @property
+    def head(self) -> Tensor:
+        """(vocabulary, width)"""
+        return self.embedding
+
+    def materialise(self, seed: int) -> None:
+        """Gives the adapter's parameters memory and PEFT's initial values: A uniform as nn.Linear's, B zero."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in sorted(self.causal.named_parameters()):
+            if not parameter.requires_grad:
+                continue
+            values = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            owner, _, leaf = name.rpartition(".")
+            self.causal.get_submodule(owner).register_parameter(leaf, nn.Parameter(values.to(self.device)))
+
+    def states(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+        """See `LoadedModel.states`."""
+        assert isinstance(layout, Documents)
+        of = gemma2.batch(positions, _bounds(layout, self.device), self.shape)
+        # The embedding's scale is rounded to the weights' type, as in the model that was trained.
+        x = self.embedding[ids] * torch.tensor(self.shape.width**0.5, dtype=self.embedding.dtype)
+        for layer, (adapters, weights) in zip(self.layers, self._adapters(), strict=True):
+            x = gemma2.run_layer(x, layer, of, adapters, weights, self.keep)
+        return gemma2.run_norm(x, self.last_norm, self.shape.eps)
+
+    def _adapters(self) -> Iterator[tuple[list[Adapter], list[Tensor]]]:
+        """The adapters of each layer, and their A and B in turn."""
+        training = self.causal.training
+        for block in self.causal.model.layers:
+            adapters: list[Adapter] = []
+            weights: list[Tensor] = []
+            for product, parts in self.shape.parts.items():
+                for name, start, end in parts:
+                    linear = getattr(block.self_attn if product in ("qkv", "o") else block.mlp, name)
+                    if not hasattr(linear, "lora_A"):
+                        continue
+                    dropout = float(getattr(linear.lora_dropout["default"], "p", 0.0)) if training else 0.0
+                    adapters.append(Adapter(name, product, start, end, float(linear.scaling["default"]), dropout))
+                    weights += [linear.lora_A["default"].weight, linear.lora_B["default"].weight]
+            yield adapters, weights
+
+
+def read_shape(config: dict[str, Any]) -> Shape:
+    """The numbers of a Gemma 2 from its config.json."""
+    rope = config.get("rope_parameters") or {}
+    return Shape(
+        width=config["hidden_size"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        feed_forward=config["intermediate_size"],
+        scale=config["query_pre_attn_scalar"] ** -0.5,
+        softcap=config.get("attn_logit_softcapping"),
+        window=config["sliding_window"],
+        eps=config["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+    )
+
+
+def _bounds(layout: Documents, device: torch.device) -> Bounds:
+    starts = torch.tensor(layout.bounds, dtype=torch.int32)
+    lengths = starts.diff()
+    first, last = (edge.repeat_interleave(lengths).to(device, non_blocking=True) for edge in (starts[:-1], starts[1:]))
+    return Bounds(first, last)
+
+
+class _Weights:
+    """The base's tensors by name, read from its safetensors onto a device."""
+
+    def __init__(self, files: BaseFiles, device: torch.device, dtype: torch.dtype) -> None:
+        self._files, self._device, self._dtype = files, device, dtype
+        self._stack = ExitStack()
+        self._of: dict[str, Any] = {}
+
+    def __enter__(self) -> _Weights:
+        for file in self._files.weight_files():
+            shard = self._stack.enter_context(safe_open(file, framework="pt", device=str(self._device)))
+            self._of.update(dict.fromkeys(shard.keys(), shard))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._of[name].get_tensor(name)
+        return tensor.to(self._dtype)
+
+
+def _read_layers(weights: _Weights, config: dict[str, Any], shape: Shape, precision: str) -> list[Layer]:
+    """Every layer's frozen weights; several layers are read at a time."""
+    kinds = config.get("layer_types") or [
+        "sliding_attention" if index % 2 == 0 else "full_attention" for index in range(config["num_hidden_layers"])
+    ]
+
+    def layer(index: int) -> Layer:
+        prefix = f"model.layers.{index}."
+        products = {}
+        for product, parts in shape.parts.items():
+            place = "self_attn" if product in ("qkv", "o") else "mlp"
+            whole = torch.cat([weights[f"{prefix}{place}.{name}.weight"] for name, _, _ in parts])
+            products[product] = _frozen(whole, precision)
+        norms = {name: weights[f"{prefix}{name}_layernorm.weight"] for name in _NORMS}
+        return Layer(shape, kinds[index] == "sliding_attention", products, norms)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(layer, range(config["num_hidden_layers"])))
+
+
+def _frozen(weight: Tensor, precision: str) -> Frozen:
+    if precision == "fp8":
+        return Fp8(weight, operations(weight).quantise)
+    return Nf4(weight) if precision == "nf4" else Plain(weight)
