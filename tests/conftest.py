@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import fake_hub
 import pytest
 from samples import make_gemma2, make_tokenizer, sql_rows, tiny_recipe, write_rows
 from zygote import Commands
@@ -69,3 +70,18 @@ def commands() -> Iterator[Commands]:
     started = Commands()
     yield started
     started.close()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_hub.Hub]:
+    """A Hugging Face Hub on this machine, which this process uses with a token."""
+    from huggingface_hub import close_session, constants
+
+    with fake_hub.serving() as served:
+        for name, value in served.constants(tmp_path / "hub-cache").items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
+        monkeypatch.delenv("HF_TOKEN_FILE", raising=False)
+        close_session()
+        yield served
+        close_session()
