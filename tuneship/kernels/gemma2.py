@@ -119,7 +119,7 @@ def _block_diagonal(blocks: list[Tensor]) -> Tensor:
 
 
 def _parts(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
-    return list(torch.split(x, sizes, dim))  # type: ignore[no-untyped-call]
+    return list(torch.split(x, sizes, dim))
 
 
 class _Low:

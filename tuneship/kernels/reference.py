@@ -166,7 +166,7 @@ def attend_backward(
 def _heads(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """(heads, tokens, head_dim) each, keys and values repeated for their heads."""
     heads, kv_heads, head_dim = shape
-    parts = torch.split(qkv.view(len(qkv), -1, head_dim).transpose(0, 1), [heads, kv_heads, kv_heads])  # type: ignore[no-untyped-call]
+    parts = torch.split(qkv.view(len(qkv), -1, head_dim).transpose(0, 1), [heads, kv_heads, kv_heads])
     q, k, v = parts
     return q, k.repeat_interleave(heads // kv_heads, 0), v.repeat_interleave(heads // kv_heads, 0)
 
@@ -195,7 +195,7 @@ def label_gradient(logits: Tensor, labels: Tensor, softcap: float | None) -> Ten
         labels: (labels,), int64.
     """
     capped = logits.float()
-    slope = torch.ones(())
+    slope = capped.new_ones(())
     if softcap is not None:
         bend = torch.tanh(capped / softcap)
         capped, slope = softcap * bend, 1 - bend * bend
