@@ -195,6 +195,62 @@ def report(target: Target, run: RunOption = None, overrides: Overrides = None, a
         print(path)
 
 
+@app.command()
+def serve(
+    folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A run, an adapter or a merged model.")],
+    host: Annotated[str | None, typer.Option(help="Address to listen on; the recipe's by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    base: Annotated[str | None, typer.Option(help="Where the base is now, if it moved.")] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|URL", help="`local`, or an OpenAI-compatible engine's address.")
+    ] = "local",
+    engine_key_file: Annotated[Path | None, typer.Option(help="File with the engine's key.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the keys that clients may show, one a line.")
+    ] = None,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer without keys beyond this machine.")] = False,
+) -> None:
+    """Serve tuned models: OpenAI's routes, /ask, /generate."""
+    from tuneship.journal import is_run, read_run
+    from tuneship.recipe import Serve
+    from tuneship.serve.server import serve
+
+    settings = read_run(folders[0]).recipe.serve if is_run(folders[0]) else Serve()
+    changes = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    serve(
+        folders,
+        settings=Serve.model_validate(settings.model_dump() | changes),
+        base=base,
+        engine_url=None if engine == "local" else engine,
+        engine_key_file=engine_key_file,
+        api_key_file=api_key_file,
+        no_auth=no_auth,
+    )
+
+
+@app.command()
+def ask(
+    where: Annotated[
+        str, typer.Argument(metavar="URL|RUN", help="A server's address, or the folder of a run or adapter.")
+    ],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    context: Annotated[str | None, typer.Option(help="CREATE TABLE statements; those of --db by default.")] = None,
+    db: Annotated[Path | None, typer.Option(help="SQLite file to run the SQL on, read-only.")] = None,
+    run_it: Annotated[bool, typer.Option("--run", help="Run the SQL on rows made up from the context.")] = False,
+    model: Annotated[str | None, typer.Option(help="Of a server that has several.")] = None,
+    base: Annotated[str | None, typer.Option(help="Of a folder: where the base is now, if it moved.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a tuned model; print its SQL, and run it if told on what."""
+    from dataclasses import asdict
+
+    from tuneship.serve.client import ask
+
+    asked = ask(where, question, context=context, db=db, run=run_it, model=model, base=base, quiet=as_json)
+    if as_json:
+        print(json.dumps(asdict(asked), default=repr))
+
+
 @app.command("run")
 def run_flow(
     target: Target,
