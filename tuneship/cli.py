@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 import tuneship
+from tuneship import cli_gke
 from tuneship.console import say
 from tuneship.credentials import redact
 from tuneship.errors import GateError, InputError, TuneshipError
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_gke.app)
 
 Target = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file or name, or a run's folder.")]
 RunOption = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="The run's folder; runs/NAME by default.")]
