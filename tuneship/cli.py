@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def main() -> None:
         app(standalone_mode=False)
     except TuneshipError as error:
         if "--debug" in sys.argv or os.environ.get("TUNESHIP_DEBUG"):
-            raise
+            say(redact(traceback.format_exc()))
         say(f"error: {redact(str(error))}")
         sys.exit(error.exit_code)
     except typer.Exit as stop:
@@ -59,7 +60,9 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(2)
-        raise
+        # A defect: its traceback is what a report needs, without tokens.
+        say(redact(traceback.format_exc()))
+        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)
@@ -97,6 +100,8 @@ def init(
     target = target or Path(f"{source.stem}.yaml")
     if target.exists():
         raise InputError("the file exists", where=str(target), fix="name another")
+    if not target.parent.is_dir():
+        raise InputError("no such folder", where=str(target.parent), fix="make it, or name another file")
     shutil.copyfile(source, target)
     say(f"copied {name} to {target}")
     _next(f"tuneship validate {target}")

@@ -83,6 +83,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         InputError: there is no adapter, the base is not the one that it was trained on, or no row was held out.
         Stopped: a signal came; nothing was written.
     """
+    if not (run.adapter / models.WEIGHTS).exists():
+        raise InputError("the run has no adapter yet", where=str(run.path), fix="tuneship train RECIPE")
     recipe = run.recipe
     rows = heldout.read(run.data / f"{recipe.evaluate.split}.jsonl", recipe.evaluate.max_rows)
     if not rows:
@@ -91,8 +93,6 @@ def evaluate(run: Run) -> dict[str, Any]:
             where=str(run.path),
             fix=f"raise data.{recipe.evaluate.split}_fraction, or bring more rows",
         )
-    if not (run.adapter / models.WEIGHTS).exists():
-        raise InputError("the run has no adapter yet", where=str(run.path), fix="tuneship train RECIPE")
     files = base.resolve(recipe.model)
     files.expect(read_json(run.adapter / "tuneship.json")["base"]["fingerprint"], "the adapter was trained")
     cpu.keep_memory()
