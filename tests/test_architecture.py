@@ -43,7 +43,7 @@ def importers(package: str) -> set[str]:
     return {name(source) for source in SOURCES if package in imports(source)}
 
 
-# --- starting is quick, since nothing is loaded ------------------------------------------------------
+# --- starting is quick, since nothing is loaded -------------------------------------------------------
 
 
 def loaded_by(script: str) -> set[str]:
@@ -74,7 +74,7 @@ def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     assert not loaded & HEAVY
 
 
-# --- who may do what ------------------------------------------------------------------------------------
+# --- who may do what ----------------------------------------------------------------------------------
 
 
 def test_metaflow_is_for_the_flow_and_kubernetes_for_the_cluster() -> None:
@@ -111,7 +111,7 @@ def test_only_credentials_reads_a_token() -> None:
     assert readers == {"credentials.py"}
 
 
-# --- one glance --------------------------------------------------------------------------------------------
+# --- one glance ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name)
@@ -132,7 +132,7 @@ def test_the_architecture_page_names_every_room() -> None:
     assert named - rooms == set(), "a room that is not there"
 
 
-# --- what travels ---------------------------------------------------------------------------------------------
+# --- what travels -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
