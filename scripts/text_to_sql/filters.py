@@ -91,7 +91,7 @@ class Filters:
         column = self.column(table, "text", without=without)
         value = self.rng.choice(column.values)
         said = shown(column, value)
-        if column.custom and self.rng.random() < 0.85:
+        if column.custom and self.rng.random() < 0.5:
             phrase = self.speaker.own(column.custom, said, f"{column.phrase} {said}")
         else:
             phrase = self.speaker.say("text_eq", table, column, "{p} {v}", v=said)
