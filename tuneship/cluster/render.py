@@ -14,27 +14,56 @@ Images stand in the templates by exact tag. Where images.lock has that tag's dig
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from tuneship import recipe
+from tuneship.errors import InputError, OutsideError
 
 Files = dict[str, str]
 """Rendered YAML by path, relative to the folder that it is written to."""
 
+# What the first line of a rendered file begins with. Only files that begin so are ever removed.
+MARK = "# Made by `tuneship render`"
+
+_NAME = re.compile(r"\$\{([^}]*)\}")
+
 
 def templates() -> Path:
     """infra/kubernetes, in a checkout or in an installed package."""
-    raise NotImplementedError
+    return recipe.share() / "infra" / "kubernetes"
 
 
 def lock_file() -> Path:
     """infra/images.lock, in a checkout or in an installed package."""
-    raise NotImplementedError
+    return recipe.share() / "infra" / "images.lock"
 
 
 def read_lock(path: Path) -> dict[str, str | None]:
-    """The digest of each `image:tag`, None where nobody has resolved it yet."""
-    raise NotImplementedError
+    """The digest of each `image:tag`, None where nobody has resolved it yet.
+
+    Raises:
+        InputError: no such file, or not a mapping of images to digests.
+    """
+    fix = "tuneship render --lock writes it"
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError("no such file", where=str(path), fix=fix) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"not a lock file: {error}", where=str(path), fix=fix) from None
+    if not isinstance(tree, dict):
+        raise InputError("not a lock file: no mapping of images to digests", where=str(path), fix=fix)
+    for image, digest in tree.items():
+        if digest is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", str(digest)):
+            raise InputError(f"not a digest: {digest}", where=f"{path}: {image}", fix=fix)
+    return tree
 
 
 def fill(document: Any, values: Mapping[str, Any], *, where: str) -> Any:
@@ -43,23 +72,140 @@ def fill(document: Any, values: Mapping[str, Any], *, where: str) -> Any:
     Raises:
         InputError: a name that `values` does not have.
     """
-    raise NotImplementedError
+    if isinstance(document, dict):
+        return {fill(key, values, where=where): fill(value, values, where=where) for key, value in document.items()}
+    if isinstance(document, list):
+        return [fill(value, values, where=where) for value in document]
+    if not isinstance(document, str):
+        return document
+    if whole := _NAME.fullmatch(document):
+        return _value(whole[1], values, where)
+    return _NAME.sub(lambda found: _text(found[1], values, where), document)
 
 
 def render(folder: Path, values: Mapping[str, Any], *, images: Mapping[str, str | None]) -> Files:
     """Every .yaml file below a folder of templates, rendered.
 
     Raises:
-        InputError: a name that `values` does not have, an image without exact tag, or one not in the lock.
+        InputError: a name that `values` does not have, or an image that is not in the lock.
     """
-    raise NotImplementedError
+    files: Files = {}
+    for path in _yaml_files(folder):
+        name = path.relative_to(folder).as_posix()
+        documents = [_pinned(fill(parsed, values, where=name), images, name) for parsed in _parse(path)]
+        files[name] = f"{MARK} from {folder.name}/{name}: change that, not this.\n" + yaml.dump_all(
+            documents, Dumper=_Dumper, sort_keys=False, explicit_start=True, width=120, allow_unicode=True
+        )
+    return files
+
+
+def image_names(folder: Path) -> list[str]:
+    """The images that the templates below a folder name themselves: what images.lock is about."""
+    documents = [document for path in _yaml_files(folder) for document in _parse(path)]
+    return sorted({container["image"] for container in _containers(documents) if "${" not in container["image"]})
 
 
 def diff(files: Files, out: Path) -> str:
     """What `write` would change in a folder, as a unified diff; empty if nothing."""
-    raise NotImplementedError
+    before = _rendered(out)
+    lines: list[str] = []
+    for name in sorted({*before, *files}):
+        old, new = before.get(name, ""), files.get(name, "")
+        lines += difflib.unified_diff(
+            old.splitlines(keepends=True), new.splitlines(keepends=True), f"a/{name}", f"b/{name}"
+        )
+    return "".join(lines)
 
 
 def write(files: Files, out: Path) -> None:
-    """Writes the files below a folder and removes YAML that is no longer made."""
-    raise NotImplementedError
+    """Writes the files below a folder, and removes rendered ones that are no longer made.
+
+    Raises:
+        InputError: a file of somebody else's is in the way.
+        OutsideError: the folder cannot be written.
+    """
+    before = _rendered(out)
+    for name in files:
+        if (out / name).exists() and name not in before:
+            raise InputError("a file that was not rendered is in the way", where=str(out / name), fix="move it away")
+    try:
+        for name in before.keys() - files.keys():
+            (out / name).unlink()
+        for name, text in files.items():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            # Replaced whole: kubectl may be reading the folder.
+            partial = out / f"{name}.partial"
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, out / name)
+    except OSError as error:
+        raise OutsideError(f"cannot be written: {error.strerror}", where=str(error.filename or out)) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper without aliases, with lists indented and text of several lines as a block."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        return super().increase_indent(flow, False)
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def _yaml_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.yaml"))
+
+
+def _parse(path: Path) -> list[Any]:
+    try:
+        return [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document is not None]
+    except yaml.YAMLError as error:
+        raise InputError(f"not YAML: {error}", where=str(path)) from None
+
+
+def _rendered(out: Path) -> Files:
+    texts = {path.relative_to(out).as_posix(): path.read_text(encoding="utf-8") for path in _yaml_files(out)}
+    return {name: text for name, text in texts.items() if text.startswith(MARK)}
+
+
+def _value(name: str, values: Mapping[str, Any], where: str) -> Any:
+    if name not in values:
+        near = difflib.get_close_matches(name, values, n=1)
+        raise InputError(
+            f"nothing is called {name}" + (f"; did you mean {near[0]}?" if near else ""),
+            where=f"{where}: ${{{name}}}",
+            fix="name an output of infra/terraform/outputs.tf, or a value that the verb gives",
+        )
+    return values[name]
+
+
+def _text(name: str, values: Mapping[str, Any], where: str) -> str:
+    value = _value(name, values, where)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InputError(f"{name} is no text, and stands inside one", where=f"{where}: ${{{name}}}")
+    return str(value)
+
+
+def _containers(tree: Any) -> Iterable[dict[str, Any]]:
+    """Every container below a tree: a mapping with a name and an image."""
+    if isinstance(tree, dict):
+        if isinstance(tree.get("image"), str) and "name" in tree:
+            yield tree
+        for value in tree.values():
+            yield from _containers(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _containers(value)
+
+
+def _pinned(document: Any, images: Mapping[str, str | None], where: str) -> Any:
+    """The document with the digest behind every tag of the lock."""
+    for container in _containers(document):
+        if digest := images.get(container["image"]):
+            container["image"] += f"@{digest}"
+    return document
