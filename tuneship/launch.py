@@ -7,7 +7,6 @@ then goes on.
 
 from __future__ import annotations
 
-import getpass
 import os
 import signal
 import subprocess
@@ -57,11 +56,14 @@ def _run(arguments: list[str], error_file: Path) -> int:
     environment = {
         **os.environ,
         "TUNESHIP_ERROR_FILE": str(error_file),
-        "METAFLOW_USER": os.environ.get("METAFLOW_USER") or getpass.getuser(),
+        "METAFLOW_USER": os.environ.get("METAFLOW_USER") or _user(),
         "PYTHONUNBUFFERED": "1",
     }
     # A group of its own: a ctrl-C in the terminal reaches this process only, which passes it on.
-    process = subprocess.Popen([sys.executable, str(flow), *arguments], env=environment, process_group=0)
+    # What Metaflow prints is no result, so it goes to stderr.
+    process = subprocess.Popen(
+        [sys.executable, str(flow), *arguments], env=environment, stdout=sys.stderr, process_group=0
+    )
 
     def stop(*_: object) -> None:
         # To the steps, not to Metaflow's runtime: it would go first and take their output pipes with it.
@@ -74,3 +76,9 @@ def _run(arguments: list[str], error_file: Path) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _user() -> str:
+    """Who runs this, for Metaflow, which takes root for nobody."""
+    name = psutil.Process().username()
+    return "superuser" if name == "root" else name
