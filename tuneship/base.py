@@ -26,6 +26,9 @@ from tuneship.recipe import Model
 # What of a Hub repository is needed to train and serve. No *.bin, *.pt, *.py.
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
+# What is needed to tokenise alone: megabytes.
+_HUB_TOKENIZER = [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
+
 _GGUF_ONLY = {"quantization_config", "_model_name_or_path", "dtype"}
 
 
@@ -80,8 +83,11 @@ class BaseFiles:
             )
 
 
-def resolve(model: Model) -> BaseFiles:
+def resolve(model: Model, *, weights: bool = True) -> BaseFiles:
     """Brings the base model's files onto this machine.
+
+    Args:
+        weights: False leaves a Hub model's weights where they are; its config and tokenizer come.
 
     Raises:
         InputError: there is no such model, it holds no safetensors, it wants to run code, or its terms are
@@ -101,7 +107,7 @@ def resolve(model: Model) -> BaseFiles:
             raise InputError("model_revision has no effect on a local folder", where=name, fix="remove it")
         files = BaseFiles(name, path.resolve(), "local")
     elif hub.is_id(name):
-        folder = Path(hub.download(name, model.model_revision, patterns=_HUB_FILES))
+        folder = Path(hub.download(name, model.model_revision, patterns=_HUB_FILES if weights else _HUB_TOKENIZER))
         files = BaseFiles(name, folder, folder.name)
     else:
         raise InputError(
@@ -109,14 +115,14 @@ def resolve(model: Model) -> BaseFiles:
             where=f"model.model_name_or_path: {name}",
             fix="name a Hub id (user/name), a folder, a .gguf file, or package:NAME",
         )
-    _check(files)
+    _check(files, weights)
     return files
 
 
-def _check(files: BaseFiles) -> None:
+def _check(files: BaseFiles, weights: bool) -> None:
     if not (files.folder / "config.json").is_file():
         raise InputError("no config.json: not a model", where=str(files.folder))
-    if not files.weight_files():
+    if weights and not files.weight_files():
         raise InputError(
             "the model has no safetensors; pickled weights (.bin, .pt) are never loaded",
             where=str(files.folder),

@@ -7,10 +7,17 @@
 
 FILE is JSON: {"recipe": NAME or a resolved recipe, "image_name": IMAGE, "new_model": NAME}; all but
 the recipe may be left out, and the recipe is `tiny` then, or the tutorial's where there is an image.
-With an image, steps run as pods; training gets the GPU that the recipe's cluster section asks for.
+A new_model of the form user/name is also the Hub repository that the adapter is published to.
 
-What passes between steps are plain values; weights stay in the run's folder, and go through the
-datastore's bucket where steps run on different machines.
+With an image, each step is a pod. What passes between steps are plain values; the run's folder goes
+through the bucket of Metaflow's datastore:
+
+    gs://BUCKET/runs/NAME/RUN_ID             the run's folder: each step takes it from there, and brings it back
+    gs://BUCKET/checkpoints/NAME/RUN_ID      checkpoints and log while it trains; a retry goes on from there
+
+A GPU is paid for once: the pod of `train` measures base and tuned too, while the weights are on its
+disk, and `evaluate` reads what it wrote. Only `train` asks for a GPU, and only it fetches the base's
+weights; prepare fetches the tokenizer.
 """
 
 from __future__ import annotations
@@ -28,15 +35,27 @@ from typing import Any
 from metaflow import Config, FlowMutator, FlowSpec, card, current, retry, step
 from metaflow.cards import MetaflowCardComponent
 from metaflow.exception import METAFLOW_EXIT_DISALLOW_RETRY
+from metaflow.metaflow_config import DATASTORE_SYSROOT_GS
+from metaflow.plugins.argo.argo_workflows import ArgoWorkflows
 
 from tuneship import recipe as recipes
-from tuneship.errors import OutsideError, TuneshipError
-from tuneship.journal import Run, open_run, write_json
-from tuneship.recipe import Recipe
+from tuneship.cluster import kept, template
+from tuneship.cluster.kept import Kept
+from tuneship.errors import InputError, OutsideError, TuneshipError
+from tuneship.journal import Run, open_run, read_json, write_json
+from tuneship.recipe import Cluster, Recipe
 
 # A file to which the error that ended a step is written, for whoever started the flow.
 ERROR_FILE = "TUNESHIP_ERROR_FILE"
-GPU_STEPS = ("train", "evaluate")
+
+# The step whose pod gets the GPU.
+GPU_STEP = "train"
+
+# The steps that may call the Hub.
+SECRET_STEPS = ("prepare", "train", "publish")
+
+# What a pod without a GPU asks for. Autopilot refuses an ephemeral disk of more than 10 GiB there.
+SMALL_POD = {"cpu": 1, "memory": 4096, "disk": 4096}
 
 
 def read_config(text: str) -> dict[str, Any]:
@@ -45,7 +64,10 @@ def read_config(text: str) -> dict[str, Any]:
     Raises:
         InputError: it is not JSON, or the recipe is wrong.
     """
-    config = json.loads(text)
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"the flow's config is not JSON: {error}", where="--config") from None
     image = config.get("image_name")
     named = config.get("recipe") or ("gemma2-9b-a100" if image else "tiny")
     if isinstance(named, dict):
@@ -55,8 +77,10 @@ def read_config(text: str) -> dict[str, Any]:
     tree = recipe.model_dump(mode="json")
     if image:
         tree["cluster"]["image"] = image
-    if config.get("new_model"):
-        tree["name"] = config["new_model"]
+    if new_model := config.get("new_model"):
+        tree["name"] = new_model.rpartition("/")[2].lower()
+        if "/" in new_model:
+            tree["publish"]["hub_model_id"] = new_model
     recipe = recipes.validate(tree, where="the flow's config")
     return {"recipe": recipe.model_dump(mode="json"), "run": config.get("run") or f"runs/{recipe.name}"}
 
@@ -71,16 +95,41 @@ class pods(FlowMutator):
         if cluster.image is None:
             return
         for name, mutable_step in mutable_flow.steps:
-            wants: dict[str, Any] = {"image": cluster.image, "secrets": list(cluster.secrets)}
-            if name in GPU_STEPS:
-                wants |= {
-                    "cpu": cluster.cpu,
-                    "memory": cluster.memory_mb,
-                    "disk": cluster.disk_mb,
-                    "gpu": cluster.gpu,
-                    "node_selector": {"cloud.google.com/gke-accelerator": cluster.accelerator},
-                }
+            wants: dict[str, Any] = {"image": cluster.image, "qos": "Guaranteed", **SMALL_POD}
+            if name == GPU_STEP:
+                wants |= _gpu_pod(cluster)
+            if name in SECRET_STEPS:
+                wants["secrets"] = list(cluster.secrets)
             mutable_step.add_decorator("kubernetes", deco_kwargs=wants)
+
+
+def _gpu_pod(cluster: Cluster) -> dict[str, Any]:
+    """What @kubernetes says of the training pod; of several accelerators, cluster.template says which."""
+    wants: dict[str, Any] = {"cpu": cluster.cpu, "memory": cluster.memory_mb, "disk": cluster.disk_mb}
+    selector = {}
+    if cluster.gpu:
+        wants["gpu"] = cluster.gpu
+        if not cluster.accelerator_fallbacks:
+            selector[template.ACCELERATOR] = cluster.accelerator
+    if cluster.spot:
+        selector[template.SPOT] = "true"
+        # Autopilot adds it by itself; a tainted pool of a Standard cluster wants to be told.
+        wants["tolerations"] = [{"key": template.SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+    return {**wants, "node_selector": selector}
+
+
+_compile = ArgoWorkflows._compile_workflow_template
+
+
+def _compile_and_finish(deployment: Any) -> Any:
+    """Metaflow has no hook between compiling a WorkflowTemplate and deploying it; this stands in for one."""
+    compiled = _compile(deployment)
+    cluster = recipes.validate(deployment.flow.config["recipe"], where="the flow's config").cluster
+    compiled.payload = template.finish(compiled.to_json(), cluster, gpu_step=GPU_STEP)
+    return compiled
+
+
+ArgoWorkflows._compile_workflow_template = _compile_and_finish
 
 
 class Page(MetaflowCardComponent):
@@ -116,17 +165,22 @@ class FinetuneFlow(FlowSpec):
         from tuneship.prepare import prepare
 
         with _stage(self) as run:
-            self.prepared = prepare(run)
+            self.prepared = prepare(run, weights=_kept(self) is None)
         self.next(self.train)
 
-    @retry(times=3)
+    @retry(times=4, minutes_between_retries=1)
     @step
     def train(self) -> None:
-        """The adapter; a retry goes on from the last checkpoint."""
+        """The adapter; a retry goes on from the last checkpoint. On the cluster, its measurement too."""
+        from tuneship.evaluate import evaluate
         from tuneship.train import train
 
         with _stage(self) as run:
-            self.trained = asdict(train(run))
+            place = _kept(self)
+            self.trained = asdict(train(run, mirror=place.checkpoints if place else None))
+            if place:
+                kept.bring_back(run.path, place)
+                evaluate(run)
         self.next(self.evaluate)
 
     @card(type="blank")
@@ -135,10 +189,15 @@ class FinetuneFlow(FlowSpec):
     def evaluate(self) -> None:
         """Base against tuned, and the gate."""
         from tuneship import report
-        from tuneship.evaluate import evaluate
 
         with _stage(self) as run:
-            self.evaluation = evaluate(run)
+            if _kept(self):
+                self.evaluation = read_json(run.evaluation_file)
+                del self.evaluation["rows"]
+            else:
+                from tuneship.evaluate import evaluate
+
+                self.evaluation = evaluate(run)
             page = report.report(run)
             current.card.append(Page(page.read_text(encoding="utf-8")))
         self.next(self.publish)
@@ -161,24 +220,45 @@ class FinetuneFlow(FlowSpec):
         score = self.evaluation["scores"][-1]["score"]
         verdict = "the gate passed" if self.evaluation["gate"]["passed"] else "the gate said no"
         print(f"{self.recipe['name']}: {self.evaluation['metric']} {score:.1%}; {verdict}")
+        place = _kept(self)
+        self.adapter = f"{place.run}/adapter" if place else self.trained["adapter"]
+        print(f"adapter: {self.adapter}")
+
+
+def _kept(flow: FinetuneFlow) -> Kept | None:
+    """Where the run is kept between pods; None on one machine, whose folder stays."""
+    if flow.recipe["cluster"]["image"] is None:
+        return None
+    return kept.place(DATASTORE_SYSROOT_GS, flow.recipe["name"], current.run_id)
 
 
 @contextmanager
 def _stage(flow: FinetuneFlow) -> Iterator[Run]:
     """The run's folder for one step; an error of ours ends the process with the right code.
 
-    Only what lies outside (network, a busy service) is worth another attempt on this machine.
+    In a pod that is the error's own code, by which Argo decides about another attempt; where nothing
+    would change (a plain failure: a loss that is no number, too little memory) it is Metaflow's for
+    "not again". On this machine Metaflow decides: only what lies outside (network, a busy service) is
+    worth another attempt.
     """
+    place = _kept(flow)
     try:
         recipe: Recipe = recipes.validate(flow.recipe, where="the flow's config")
-        with open_run(Path(flow.run), recipe) as run:
+        folder = Path(flow.run)
+        if place:
+            kept.take(place, folder)
+        with open_run(folder, recipe) as run:
             yield run
+            if place:
+                kept.bring_back(folder, place)
     except TuneshipError as error:
         print(f"error: {error}", file=sys.stderr)
         if file := os.environ.get(ERROR_FILE):
             write_json(
                 Path(file), {"exit_code": error.exit_code, "what": error.what, "where": error.where, "fix": error.fix}
             )
+        if place and error.exit_code != 1:
+            sys.exit(error.exit_code)
         sys.exit(1 if isinstance(error, OutsideError) else METAFLOW_EXIT_DISALLOW_RETRY)
 
 

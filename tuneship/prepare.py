@@ -50,8 +50,11 @@ def validate(recipe: Recipe) -> dict[str, Any]:
     return _counts(tally)
 
 
-def prepare(run: Run) -> dict[str, Any]:
+def prepare(run: Run, *, weights: bool = True) -> dict[str, Any]:
     """Fills the run's data folder; returns what prepared.json holds.
+
+    Args:
+        weights: False fetches a Hub model's tokenizer only, where another machine will train.
 
     Raises:
         InputError: naming the first bad or too long rows; or the source changed since the run was prepared.
@@ -72,7 +75,7 @@ def prepare(run: Run) -> dict[str, Any]:
         with progress("rows read") as shown:
             tally = _read(recipe, folder, spool, shown)
         # Only now: a bad row is found before gigabytes are fetched.
-        files = base.resolve(recipe.model)
+        files = base.resolve(recipe.model, weights=weights)
         spool.seek(0)
         with progress("rows tokenised", tally.splits["train"]) as shown:
             lengths = _tokenise(recipe, folder, spool, _tokenizer(files), shown)
@@ -83,7 +86,12 @@ def prepare(run: Run) -> dict[str, Any]:
         "train_sha256": sha256_file(folder / "train.safetensors"),
         "test_sha256": sha256_file(folder / "test.jsonl"),
         "validation_sha256": sha256_file(folder / "validation.jsonl"),
-        "base": {"name": files.name, "revision": files.revision, "fingerprint": files.fingerprint()},
+        "base": {
+            "name": files.name,
+            "revision": files.revision,
+            # Unknown without its weights: train notes it.
+            "fingerprint": files.fingerprint() if weights else None,
+        },
     }
     run.record(
         code=code_facts(), data={key: prepared[key] for key in ("source", "train_sha256")}, base=prepared["base"]

@@ -52,7 +52,7 @@ def upload(folder: Path, uri: str, *, last: str = "", leave: Collection[str] = (
 
     Args:
         last: name of the file that is sent after all others, as the mark that the copy is whole.
-        leave: names of files that are not sent.
+        leave: names of files and of folders that are not sent.
 
     Raises:
         InputError: there is no such bucket.
@@ -64,14 +64,23 @@ def upload(folder: Path, uri: str, *, last: str = "", leave: Collection[str] = (
     sent = 0
     for file in files:
         name = file.relative_to(folder).as_posix()
-        if name in leave:
+        if name in leave or name.partition("/")[0] in leave:
             continue
-        if is_remote(uri):
-            with _errors(uri):
-                sent += _send(file, f"{uri.rstrip('/')}/{name}")
-        else:
-            sent += _copy(file, Path(uri) / name)
+        sent += put(file, f"{uri.rstrip('/')}/{name}")
     return sent
+
+
+def put(file: Path, uri: str) -> int:
+    """Copies one file to a URI (or a path), unless the same content is there; returns the bytes.
+
+    Raises:
+        InputError: there is no such bucket.
+        OutsideError: the storage refuses, or the folder cannot be written.
+    """
+    if not is_remote(uri):
+        return _copy(file, Path(uri))
+    with _errors(uri):
+        return _send(file, uri)
 
 
 def _copy(file: Path, target: Path) -> int:
@@ -91,14 +100,24 @@ def download(uri: str, folder: Path) -> list[str]:
     """Copies every file below a URI (or of another folder) into a folder; returns their names."""
     names = listing(uri)
     for name in names:
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if is_remote(uri):
-            with _errors(uri):
-                _blob(f"{uri.rstrip('/')}/{name}").download_to_filename(str(target))
-        else:
-            shutil.copyfile(Path(uri) / name, target)
+        get(f"{uri.rstrip('/')}/{name}", folder / name)
     return names
+
+
+def get(uri: str, file: Path) -> None:
+    """Copies one file from a URI (or a path).
+
+    Raises:
+        InputError: there is no such file.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(uri):
+        with _errors(uri):
+            _blob(uri).download_to_filename(str(file))
+    elif Path(uri).is_file():
+        shutil.copyfile(uri, file)
+    else:
+        raise InputError("no such file", where=uri)
 
 
 def listing(uri: str) -> list[str]:

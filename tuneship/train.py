@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tuneship import base, checkpoint, prompt
+from tuneship import base, checkpoint, prompt, storage
 from tuneship import model as models
 from tuneship.checkpoint import Checkpoint
 from tuneship.console import progress, say
@@ -57,8 +57,8 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
     """Trains the adapter of a prepared run, or goes on doing so.
 
     Args:
-        mirror: a URI to which checkpoints are copied, and from which they are taken where the
-            run's folder has none (another machine's retry).
+        mirror: a URI to which checkpoints and the log are copied, and from which they are taken where
+            the run's folder has none (another machine's retry).
 
     Raises:
         InputError: the run is not prepared, or the recipe does not fit the base.
@@ -74,7 +74,7 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
         return finished
 
     files = base.resolve(recipe.model)
-    files.expect(prepared["base"]["fingerprint"], "this run was prepared")
+    _same_base(files, prepared["base"])
     models.check_architecture(files)
     models.check_lora(files, recipe.lora)
     _check_length(files, recipe.train)
@@ -123,6 +123,9 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
 
             if step % recipe.train.save_steps == 0 or step == len(todo) or stop:
                 log.sync()
+                if mirror is not None:
+                    # Before the checkpoint: a retry finds a log that reaches as far, and cuts what is more.
+                    storage.put(run.metrics_file, f"{mirror}/{run.metrics_file.name}")
                 checkpoint.save(
                     run.checkpoints,
                     Checkpoint(step, model.adapter_tensors(), _moments(model, optimizer), {"loss": loss}),
@@ -159,6 +162,20 @@ def _prepared(run: Run) -> tuple[Tokens, dict[str, Any]]:
     if not (run.data / "prepared.json").exists():
         raise InputError("the run is not prepared", where=str(run.path), fix="tuneship prepare RECIPE")
     return Tokens.load(run.data / "train.safetensors"), read_json(run.data / "prepared.json")
+
+
+def _same_base(files: base.BaseFiles, prepared: dict[str, Any]) -> None:
+    """Refuses another base than the rows were tokenised for; notes its weights where only its tokenizer was there."""
+    if prepared["fingerprint"] is not None:
+        files.expect(prepared["fingerprint"], "this run was prepared")
+    elif files.revision == prepared["revision"]:
+        prepared["fingerprint"] = files.fingerprint()
+    else:
+        raise InputError(
+            f"the base is at revision {files.revision}, the rows were prepared for {prepared['revision']}",
+            where=files.name,
+            fix="pin it: model.model_revision in the recipe",
+        )
 
 
 def _finished(run: Run, todo: Plan) -> Trained | None:
@@ -229,6 +246,8 @@ def _not_a_number(step: int, loss: float, norm: float, todo: Plan, run: Run) -> 
 def _resume(run: Run, model: LoadedModel, optimizer: torch.optim.AdamW, mirror: str | None) -> int:
     """Puts the newest whole checkpoint into model and optimiser; returns its update, or 0."""
     saved = checkpoint.latest(run.checkpoints, mirror=mirror)
+    if saved is not None and mirror is not None and not run.metrics_file.exists():
+        storage.get(f"{mirror}/{run.metrics_file.name}", run.metrics_file)
     if saved is None:
         if run.metrics():
             say("no checkpoint was saved before the stop; starting with update 1 again")
@@ -287,7 +306,7 @@ def _finish(run: Run, model: LoadedModel, prepared: dict[str, Any], todo: Plan, 
         },
     )
     put_in_place(partial, run.adapter)
-    run.record(code=code, device=_device_name(model.device), tokens_per_second=round(speed, 1))
+    run.record(base=prepared["base"], code=code, device=_device_name(model.device), tokens_per_second=round(speed, 1))
     return Trained(str(run.adapter), len(todo), loss, speed)
 
 

@@ -276,6 +276,10 @@ class Cluster(_Section):
     """GPUs of the training pod."""
     accelerator: str = "nvidia-tesla-a100"
     """Value of the node label cloud.google.com/gke-accelerator."""
+    accelerator_fallbacks: tuple[str, ...] = ()
+    """Further values of that label, in the order of preference: any of them will do."""
+    spot: bool = False
+    """Train on a Spot node: cheaper, and taken away at times; the retry goes on from the last checkpoint."""
     cpu: Annotated[float, Field(gt=0)] = 4
     """CPU cores of the training pod."""
     memory_mb: Annotated[int, Field(ge=256)] = 32768
@@ -283,7 +287,13 @@ class Cluster(_Section):
     disk_mb: Annotated[int, Field(ge=256)] = 65536
     """Ephemeral disk of the training pod, in MB."""
     secrets: tuple[str, ...] = ()
-    """Kubernetes secrets whose keys become environment variables of the pods."""
+    """Kubernetes secrets whose keys become environment variables of prepare, train and publish."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.gpu == 0 and self.accelerator_fallbacks:
+            raise ValueError("accelerator_fallbacks has no effect with gpu: 0")
+        return self
 
 
 class Recipe(_Section):
