@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from tuneship import recipe
+from tuneship.cluster.outputs import Outputs
 from tuneship.errors import InputError, OutsideError
 
 Files = dict[str, str]
@@ -31,6 +32,11 @@ Files = dict[str, str]
 
 # What the first line of a rendered file begins with. Only files that begin so are ever removed.
 MARK = "# Made by `tuneship render`"
+
+LOCK_HEADER = """\
+# Digests of the images that infra/kubernetes and image/ name, as their registries gave them; null: not asked yet.
+# Written by `tuneship render --lock`.
+"""
 
 _NAME = re.compile(r"\$\{([^}]*)\}")
 
@@ -66,6 +72,28 @@ def read_lock(path: Path) -> dict[str, str | None]:
     return tree
 
 
+def write_lock(path: Path, digests: Mapping[str, str | None]) -> None:
+    """Writes images.lock whole."""
+    text = LOCK_HEADER + yaml.dump(dict(digests), sort_keys=True, width=200)
+    try:
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutsideError(f"cannot be written: {error.strerror}", where=str(path)) from None
+
+
+def pinned(image: str, images: Mapping[str, str | None]) -> str:
+    """An image's tag with its digest behind it, where the lock has one."""
+    digest = images.get(image)
+    return f"{image}@{digest}" if digest else image
+
+
+def platform(outputs: Outputs, images: Mapping[str, str | None]) -> Files:
+    """What stands before any run: namespaces, policies, accounts, the metadata service and the UI."""
+    return render(templates() / "platform", outputs.model_dump(), images=images)
+
+
 def fill(document: Any, values: Mapping[str, Any], *, where: str) -> Any:
     """A parsed document with every `${name}` replaced.
 
@@ -87,22 +115,25 @@ def render(folder: Path, values: Mapping[str, Any], *, images: Mapping[str, str 
     """Every .yaml file below a folder of templates, rendered.
 
     Raises:
-        InputError: a name that `values` does not have, or an image that is not in the lock.
+        InputError: a name that `values` does not have.
     """
     files: Files = {}
     for path in _yaml_files(folder):
         name = path.relative_to(folder).as_posix()
-        documents = [_pinned(fill(parsed, values, where=name), images, name) for parsed in _parse(path)]
+        documents = [_pinned(fill(parsed, values, where=name), images) for parsed in _parse(path)]
         files[name] = f"{MARK} from {folder.name}/{name}: change that, not this.\n" + yaml.dump_all(
             documents, Dumper=_Dumper, sort_keys=False, explicit_start=True, width=120, allow_unicode=True
         )
     return files
 
 
-def image_names(folder: Path) -> list[str]:
-    """The images that the templates below a folder name themselves: what images.lock is about."""
-    documents = [document for path in _yaml_files(folder) for document in _parse(path)]
-    return sorted({container["image"] for container in _containers(documents) if "${" not in container["image"]})
+def image_names() -> list[str]:
+    """The images of others that templates and Dockerfiles name: what images.lock is about."""
+    documents = [document for path in _yaml_files(templates()) for document in _parse(path)]
+    named = {container["image"] for container in _containers(documents) if "${" not in container["image"]}
+    for path in (recipe.share() / "image").rglob("Dockerfile"):
+        named |= set(re.findall(r"^ARG BASE=(\S+)$", path.read_text(encoding="utf-8"), re.MULTILINE))
+    return sorted(named)
 
 
 def diff(files: Files, out: Path) -> str:
@@ -203,9 +234,8 @@ def _containers(tree: Any) -> Iterable[dict[str, Any]]:
             yield from _containers(value)
 
 
-def _pinned(document: Any, images: Mapping[str, str | None], where: str) -> Any:
-    """The document with the digest behind every tag of the lock."""
+def _pinned(document: Any, images: Mapping[str, str | None]) -> Any:
+    """The document with the digest behind every tag that the lock has one for."""
     for container in _containers(document):
-        if digest := images.get(container["image"]):
-            container["image"] += f"@{digest}"
+        container["image"] = pinned(container["image"], images)
     return document
