@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,8 @@ def until(condition: Callable[[], Any], *, deadline_s: float = DEADLINE_S) -> An
     while time.monotonic() < end:
         if value := condition():
             return value
-        os.sched_yield()
+        # Leaves the core to what is waited for.
+        time.sleep(0.0005)
     raise AssertionError(f"waited {deadline_s} s in vain")
 
 
@@ -80,10 +83,12 @@ class Process:
 
         return until(met)
 
-    def wait(self) -> Finished:
+    def wait(self, *, deadline_s: float = DEADLINE_S) -> Finished:
         """Waits for its end."""
         if self._finished is None:
-            until(self.ended)
+            # Suppressed: it has been seen to have ended.
+            with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(self.pid)) as end:
+                assert select.select([end], [], [], deadline_s)[0], f"still runs after {deadline_s} s:\n{self.err()}"
             code = self._commands.ask({"reap": self.pid})["code"]
             out, err = (stream.read_text(encoding="utf-8") for stream in self._streams)
             self._finished = Finished(code, out, err)
@@ -130,9 +135,9 @@ class Commands:
         )
         return Process(answer["pid"], self, streams)
 
-    def run(self, argv: Sequence[str | Path], **settings: Any) -> Finished:
+    def run(self, argv: Sequence[str | Path], *, deadline_s: float = DEADLINE_S, **settings: Any) -> Finished:
         """Runs `tuneship ARGV` to its end."""
-        return self.start(argv, **settings).wait()
+        return self.start(argv, **settings).wait(deadline_s=deadline_s)
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
