@@ -278,7 +278,7 @@ def test_only_so_many_checkpoints_are_kept(make_recipe: MakeRecipe, tmp_path: Pa
 def test_another_machine_goes_on_from_the_mirror(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     recipe, mirror = make_recipe(), str(tmp_path / "mirror")
     _, log = done(recipe, tmp_path / "here", mirror=mirror)
-    assert sorted(entry.name for entry in (tmp_path / "mirror").iterdir()) == ["step-4", "step-6"]
+    assert sorted(entry.name for entry in (tmp_path / "mirror").iterdir()) == ["metrics.jsonl", "step-4", "step-6"]
     shutil.rmtree(tmp_path / "mirror" / "step-6")
     _, rest = done(recipe, tmp_path / "there", mirror=mirror)
     assert rest == log[4:]

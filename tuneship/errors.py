@@ -12,6 +12,9 @@ prints it as one message and exits with its code. A library caller catches `Tune
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class TuneshipError(Exception):
     """Base of every error that tuneship raises on purpose.
@@ -31,6 +34,10 @@ class TuneshipError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+    def to_dict(self) -> dict[str, object]:
+        """For another process, which raises it again by `from_dict`."""
+        return {"exit_code": self.exit_code, "what": self.what, "where": self.where, "fix": self.fix}
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -70,3 +77,10 @@ class Stopped(TuneshipError):
     """A signal stopped the run after a checkpoint; the same command continues."""
 
     exit_code = 75
+
+
+def from_dict(facts: Mapping[str, Any]) -> TuneshipError:
+    """The error that `TuneshipError.to_dict` told, of its own branch."""
+    branches = {kind.exit_code: kind for kind in (InputError, OutsideError, GateError, Stopped)}
+    kind = branches.get(facts["exit_code"], TuneshipError)
+    return kind(facts["what"], where=facts["where"], fix=facts["fix"])

@@ -41,8 +41,14 @@ from tuneship.recipe import Recipe, validate
 # The sections that decide what the weights become. The others may change between two commands.
 _WEIGHTS = ("model", "data", "lora", "train")
 
-# How often a run is watched, not what it computes.
-_HARMLESS = {"train.logging_steps", "train.save_steps", "train.save_total_limit", "train.eval_steps"}
+# How often a run is watched and how many work on it, not what it computes.
+_HARMLESS = {
+    "train.logging_steps",
+    "train.save_steps",
+    "train.save_total_limit",
+    "train.eval_steps",
+    "train.num_processes",
+}
 
 # What prepare writes last: its presence means that the rows are there.
 PREPARED = "prepared.json"

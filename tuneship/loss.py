@@ -17,7 +17,7 @@ def answer_loss(model: LoadedModel, packed: Pack) -> Tensor:
     ids, positions = torch.from_numpy(packed.ids).to(device), torch.from_numpy(packed.positions).to(device)
     states = model.states(ids, positions, Documents(packed.bounds))
     labelled, labels = torch.from_numpy(packed.labelled).to(device), torch.from_numpy(packed.labels).to(device)
-    return label_loss(states[labelled], model.head, labels, model.softcap)
+    return label_loss(states.index_select(0, labelled), model.head, labels, model.softcap)
 
 
 @torch.no_grad()

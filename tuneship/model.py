@@ -48,6 +48,10 @@ class LoadedModel:
     files: BaseFiles
     device: torch.device
     peft: PeftModel | None = None
+    tokens_per_pass: int | None = None
+    """What the device holds of a forward and backward pass, where that is known."""
+    planned_bytes: int | None = None
+    """What such a pass takes of it."""
 
     @property
     def head(self) -> Tensor:

@@ -13,26 +13,31 @@ disk, a damaged checkpoint, a loss that is not a number.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from tuneship import base, checkpoint, prompt, storage
+from tuneship import base, checkpoint, parallel, prompt, replay, storage, trainable
 from tuneship import model as models
 from tuneship.checkpoint import Checkpoint
 from tuneship.console import progress, say
 from tuneship.data import heldout
-from tuneship.data.packing import Pack, Plan, Tokens, pack, plan
+from tuneship.data.packing import Pack, Plan, Tokens, cut, pack, plan
 from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
-from tuneship.journal import Run, code_facts, put_in_place, read_json, write_json
+from tuneship.journal import Run, code_facts, put_in_place, read_json, read_run, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import answer_loss, held_out_loss
 from tuneship.model import LoadedModel
+from tuneship.parallel import Gang
 from tuneship.prompt import Prompt
 from tuneship.recipe import Train
 from tuneship.signals import stop_flag
@@ -78,67 +83,97 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
     models.check_architecture(files)
     models.check_lora(files, recipe.lora)
     _check_length(files, recipe.train)
+    count = recipe.train.num_processes
+    if count == 1:
+        return _train(run, files, mirror, Gang())
+    _check_processes(count)
+    parallel.start(_worker, (run.path, files, mirror), processes=count)
+    finished = _finished(run, todo)
+    assert finished is not None
+    return finished
+
+
+def _worker(folder: Path, files: base.BaseFiles, mirror: str | None) -> None:
+    """One of several processes; the one that started them holds the run's lock."""
+    with parallel.group() as gang, ExitStack() as stack:
+        if not gang.first:
+            # What it would say, the first says.
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
+        _train(read_run(folder), files, mirror, gang)
+
+
+def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> Trained:
+    recipe, train = run.recipe, run.recipe.train
+    tokens, prepared = _prepared(run)
+    _same_base(files, prepared["base"])
+    todo = plan(tokens.lengths, train)
     cpu.keep_memory()
-    model = models.load(files, recipe.model.precision)
-    models.add_lora(model, recipe.lora, seed=recipe.train.seed)
-    optimizer = _optimizer(model, recipe.train)
+    model = trainable.load(
+        files,
+        recipe.model.precision,
+        recipe.lora,
+        seed=train.seed,
+        tokens=max(sum(int(tokens.lengths[row]) for row in rows) for update in todo.updates for rows in update),
+        longest=int(tokens.lengths.max()),
+    )
+    optimizer = _optimizer(model, train)
     _check_room(run.path, model)
 
-    done = _resume(run, model, optimizer, mirror)
-    validation = _validation(run, model) if recipe.train.eval_steps else None
+    done = _resume(run, model, optimizer, mirror, gang)
+    validation = _validation(run, model) if train.eval_steps and gang.first else None
     parameters = list(models.trainable(model).values())
+    backward = _Backward(model, tokens, todo, train)
     model.causal.train()
     seen, began, loss = 0, time.monotonic(), math.nan
-    every = recipe.train.logging_steps
-    with stop_flag() as stop, run.log() as log, progress("updates", len(todo), every=every) as shown:
+    with stop_flag() as stop, run.log() as log, progress("updates", len(todo), every=train.logging_steps) as shown:
         shown.advance(done)
         for step in range(done + 1, len(todo) + 1):
             started = time.monotonic()
             # Dropout depends on the update's number, not on what happened before it.
-            torch.manual_seed(recipe.train.seed * 1_000_003 + step)
-            rate = learning_rate(step, len(todo), recipe.train)
+            torch.manual_seed(train.seed * 1_000_003 + step)
+            rate = learning_rate(step, len(todo), train)
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
-            packs = [pack(tokens, rows) for rows in todo.updates[step - 1]]
+            packs = backward.packs(step)
             labels = sum(len(packed.labels) for packed in packs)
-            loss = 0.0
-            for packed in packs:
-                loss += _backward(model, packed, labels, recipe.train)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.train.max_grad_norm or math.inf)
-            if not (math.isfinite(loss) and math.isfinite(float(norm))):
-                raise _not_a_number(step, loss, float(norm), todo, run)
+            summed = torch.zeros(2, device=model.device)
+            summed[1] = bool(stop)
+            for packed in gang.mine(packs):
+                summed[0] += backward(packed, 1 / labels)
+            summed = gang.sum(parameters, summed)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
+            loss, stopping, size_of_step = torch.cat([summed, norm.reshape(1)]).tolist()
+            if not (math.isfinite(loss) and math.isfinite(size_of_step)):
+                raise _not_a_number(step, loss, size_of_step, todo, run)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            backward.clear(optimizer)
 
             size = sum(len(packed.ids) for packed in packs)
             seen += size
-            line = {"step": step, "loss": loss, "grad_norm": float(norm), "lr": rate, "tokens": size}
-            if validation is not None and (step % recipe.train.eval_steps == 0 or step == len(todo)):  # type: ignore[operator]
-                line["validation_loss"] = held_out_loss(
-                    model, validation, tokens_per_batch=recipe.train.tokens_per_batch
-                )
-            log.write(**line, seconds=round(time.monotonic() - started, 4))
-            shown.advance(1, f"loss {loss:.3f}  {seen / (time.monotonic() - began):,.0f} tokens/s")
-
-            if step % recipe.train.save_steps == 0 or step == len(todo) or stop:
-                log.sync()
-                if mirror is not None:
-                    # Before the checkpoint: a retry finds a log that reaches as far, and cuts what is more.
-                    storage.put(run.metrics_file, f"{mirror}/{run.metrics_file.name}")
-                checkpoint.save(
-                    run.checkpoints,
-                    Checkpoint(step, model.adapter_tensors(), _moments(model, optimizer), {"loss": loss}),
-                    keep=recipe.train.save_total_limit,
-                    mirror=mirror,
-                )
-            if stop and step < len(todo):
+            last = step == len(todo)
+            if gang.first:
+                line = {"step": step, "loss": loss, "grad_norm": size_of_step, "lr": rate, "tokens": size}
+                if validation is not None and (last or step % train.eval_steps == 0):  # type: ignore[operator]
+                    line["validation_loss"] = held_out_loss(model, validation, tokens_per_batch=train.tokens_per_batch)
+                log.write(**line, seconds=round(time.monotonic() - started, 4))
+                shown.advance(1, f"loss {loss:.3f}  {seen / (time.monotonic() - began):,.0f} tokens/s")
+                if step % train.save_steps == 0 or last or stopping:
+                    log.sync()
+                    if mirror is not None:
+                        # Before the checkpoint: a retry finds a log that reaches as far, and cuts what is more.
+                        storage.put(run.metrics_file, f"{mirror}/{run.metrics_file.name}")
+                    state = Checkpoint(step, model.adapter_tensors(), _moments(model, optimizer), {"loss": loss})
+                    checkpoint.save(run.checkpoints, state, keep=train.save_total_limit, mirror=mirror)
+            if stopping and not last:
                 raise Stopped(
-                    f"stopped by {stop.signal} after update {step} of {len(todo)}; it is saved",
+                    f"stopped by {stop.signal or 'a signal'} after update {step} of {len(todo)}; it is saved",
                     where=str(run.path),
                     fix="run the same command again to go on",
                 )
     speed = seen / (time.monotonic() - began) if seen else 0.0
+    if not gang.first:
+        return Trained(str(run.adapter), len(todo), loss, speed)
     return _finish(run, model, prepared, todo, loss, speed)
 
 
@@ -185,6 +220,15 @@ def _finished(run: Run, todo: Plan) -> Trained | None:
     return Trained(str(run.adapter), len(todo), facts["loss"], 0.0)
 
 
+def _check_processes(count: int) -> None:
+    if torch.cuda.is_available() and torch.cuda.device_count() < count:
+        raise InputError(
+            f"the recipe trains on {count} GPUs, this machine has {torch.cuda.device_count()}",
+            where="train.num_processes",
+            fix=f"set train.num_processes: {torch.cuda.device_count()}; what is learned stays the same",
+        )
+
+
 def _check_length(files: base.BaseFiles, train: Train) -> None:
     length = files.config["max_position_embeddings"]
     if train.max_length > length:
@@ -218,18 +262,40 @@ def _optimizer(model: LoadedModel, train: Train) -> torch.optim.AdamW:
     )
 
 
-def _backward(model: LoadedModel, packed: Pack, labels: int, train: Train) -> float:
-    """Adds a pack's gradients to the update's; returns its share of the update's loss."""
-    try:
-        loss = answer_loss(model, packed) / labels
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-    except torch.OutOfMemoryError as error:
-        raise TuneshipError(
-            f"the device's memory does not hold a forward and backward pass of {len(packed.ids)} tokens",
-            where=f"train.tokens_per_batch: {train.tokens_per_batch}",
-            fix="lower train.tokens_per_batch; then train.max_length, if rows are long",
-        ) from error
+class _Backward:
+    """The passes of an update: as long as the device holds, captured where they are short."""
+
+    def __init__(self, model: LoadedModel, tokens: Tokens, todo: Plan, train: Train) -> None:
+        self._model, self._tokens, self._todo, self._train = model, tokens, todo, train
+        lengths = tokens.lengths
+        longest = max(int(lengths[list(rows)].sum()) for update in todo.updates for rows in update)
+        self._replay = replay.Replay(model) if replay.worth(model, longest, todo) else None
+
+    def packs(self, step: int) -> list[Pack]:
+        """The passes of an update."""
+        update, most = self._todo.updates[step - 1], self._model.tokens_per_pass
+        if most is not None:
+            update = [rows for whole in update for rows in cut(whole, self._tokens.lengths, most)]
+        return [pack(self._tokens, rows) for rows in update]
+
+    def __call__(self, packed: Pack, share: float) -> Tensor:
+        """Adds the gradients of `share` times the pack's summed loss; returns that product."""
+        try:
+            if self._replay is not None:
+                return self._replay.backward(packed, share)
+            loss = answer_loss(self._model, packed) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        except torch.OutOfMemoryError as error:
+            raise TuneshipError(
+                f"the device's memory does not hold a forward and backward pass of {len(packed.ids)} tokens",
+                where=f"train.tokens_per_batch: {self._train.tokens_per_batch}",
+                fix="lower train.tokens_per_batch; then train.max_length, if rows are long",
+            ) from error
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clears the gradients; captured passes need theirs to stay where they are."""
+        optimizer.zero_grad(set_to_none=self._replay is None)
 
 
 def _not_a_number(step: int, loss: float, norm: float, todo: Plan, run: Run) -> TuneshipError:
@@ -243,7 +309,7 @@ def _not_a_number(step: int, loss: float, norm: float, todo: Plan, run: Run) -> 
     )
 
 
-def _resume(run: Run, model: LoadedModel, optimizer: torch.optim.AdamW, mirror: str | None) -> int:
+def _resume(run: Run, model: LoadedModel, optimizer: torch.optim.AdamW, mirror: str | None, gang: Gang) -> int:
     """Puts the newest whole checkpoint into model and optimiser; returns its update, or 0."""
     saved = checkpoint.latest(run.checkpoints, mirror=mirror)
     if saved is not None and mirror is not None and not run.metrics_file.exists():
@@ -251,7 +317,8 @@ def _resume(run: Run, model: LoadedModel, optimizer: torch.optim.AdamW, mirror: 
     if saved is None:
         if run.metrics():
             say("no checkpoint was saved before the stop; starting with update 1 again")
-        run.rewind(0)
+        if gang.first:
+            run.rewind(0)
         return 0
     models.set_adapter_tensors(model, saved.adapter)
     for name, parameter in models.trainable(model).items():
@@ -260,7 +327,8 @@ def _resume(run: Run, model: LoadedModel, optimizer: torch.optim.AdamW, mirror: 
             "step": saved.optimizer["step"].clone().to(parameter.device),
             **{key: tensor.to(parameter.device) for key, tensor in moments.items()},
         }
-    run.rewind(saved.step)
+    if gang.first:
+        run.rewind(saved.step)
     say(f"going on after update {saved.step}")
     return saved.step
 
@@ -308,6 +376,15 @@ def _finish(run: Run, model: LoadedModel, prepared: dict[str, Any], todo: Plan, 
     put_in_place(partial, run.adapter)
     run.record(base=prepared["base"], code=code, device=_device_name(model.device), tokens_per_second=round(speed, 1))
     return Trained(str(run.adapter), len(todo), loss, speed)
+
+
+def _memory(model: LoadedModel) -> dict[str, int]:
+    """Peak bytes on the card, and what the memory model had said."""
+    if model.device.type != "cuda":
+        return {}
+    peak, planned = torch.cuda.max_memory_allocated(model.device), model.planned_bytes
+    say(f"peak memory {peak / 1e9:.1f} GB" + (f", {planned / 1e9:.1f} GB planned" if planned else ""))
+    return {"peak_memory_bytes": peak} | ({"planned_memory_bytes": planned} if planned else {})
 
 
 def _device_name(device: torch.device) -> str:

@@ -8,6 +8,7 @@ is `tuneship.kernels.gemma2`.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +21,16 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tuneship import memory
 from tuneship import model as models
 from tuneship.base import BaseFiles
+from tuneship.errors import InputError
 from tuneship.kernels import attention, gemma2, operations
 from tuneship.kernels.attention import Documents, Layout
 from tuneship.kernels.frozen import Fp8, Frozen, Nf4, Plain
-from tuneship.kernels.gemma2 import Adapter, Keep, Layer, Shape
+from tuneship.kernels.gemma2 import Adapter, Batch, Keep, Layer, Shape
 from tuneship.kernels.reference import Bounds
+from tuneship.memory import Needs
 from tuneship.model import LoadedModel
 from tuneship.recipe import Lora
 
@@ -35,24 +39,65 @@ _NORMS = ("input", "post_attention", "pre_feedforward", "post_feedforward")
 _READERS = 8
 
 
-def load(files: BaseFiles, precision: str, lora: Lora, *, seed: int, device: torch.device | None = None) -> LoadedModel:
+def load(
+    files: BaseFiles,
+    precision: str,
+    lora: Lora,
+    *,
+    seed: int,
+    tokens: int,
+    longest: int,
+    device: torch.device | None = None,
+) -> LoadedModel:
     """A base with a fresh adapter, ready to train.
 
+    Args:
+        tokens: of a forward pass, at most; fewer where the card holds no more (`LoadedModel.tokens_per_pass`).
+        longest: tokens of the longest row, which must fit.
+
     Raises:
-        InputError: the architecture is not supported, or the device lacks the precision.
+        InputError: the architecture is not supported, the device lacks the precision, or the card is too
+            small; before any weight is read.
     """
     models.check_architecture(files)
     device = device or models.pick_device()
     if device.type == "cuda" and files.config["model_type"] == "gemma2":
-        return load_by_hand(files, precision, lora, seed=seed, device=device)
+        precision = "bfloat16" if precision == "auto" else precision
+        check_card(precision, device)
+        free = torch.cuda.mem_get_info(device)[0]
+        fit = memory.fit(Needs.of(files.config, lora, precision), tokens=tokens, longest=longest, free=free)
+        model: LoadedModel = load_by_hand(files, precision, lora, seed=seed, device=device, keep=fit.keep)
+        model.tokens_per_pass, model.planned_bytes = fit.tokens, fit.memory.total
+        return model
     model = models.load(files, precision, device)
     models.add_lora(model, lora, seed=seed)
     return model
 
 
-def load_by_hand(files: BaseFiles, precision: str, lora: Lora, *, seed: int, device: torch.device) -> HandModel:
+def check_card(precision: str, device: torch.device) -> None:
+    """Refuses a precision that the card has no arithmetic for.
+
+    Raises:
+        InputError: fp8 before compute capability 8.9, bfloat16 before 8.0, nf4 without bitsandbytes.
+    """
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    least = {"fp8": (8, 9), "bfloat16": (8, 0), "nf4": (8, 0)}.get(precision, (0, 0))
+    if capability < least:
+        raise InputError(
+            f"the {name} has no {'bfloat16' if precision == 'nf4' else precision} arithmetic "
+            f"(compute capability {'.'.join(map(str, capability))}, {'.'.join(map(str, least))} is needed)",
+            where="model.precision",
+            fix="set model.precision: bfloat16" if capability >= (8, 0) else "take a newer card",
+        )
+    if precision == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError("nf4 needs bitsandbytes", where="model.precision", fix="pip install 'tuneship[gpu]'")
+
+
+def load_by_hand(
+    files: BaseFiles, precision: str, lora: Lora, *, seed: int, device: torch.device, keep: Keep = "all"
+) -> HandModel:
     """A Gemma 2 on our own layers, with a fresh adapter."""
-    shape = read_shape(files.config)
+    shape = Shape.of(files.config)
     dtype = torch.float32 if precision == "float32" or device.type == "cpu" else torch.bfloat16
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(
@@ -70,6 +115,7 @@ def load_by_hand(files: BaseFiles, precision: str, lora: Lora, *, seed: int, dev
             layers=layers,
             embedding=weights["model.embed_tokens.weight"],
             last_norm=weights["model.norm.weight"],
+            keep=keep,
         )
     models.add_lora(model, lora, seed=seed)
     model.materialise(seed)
@@ -108,7 +154,10 @@ class HandModel(LoadedModel):
     def states(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
         """See `LoadedModel.states`."""
         assert isinstance(layout, Documents)
-        of = gemma2.batch(positions, _bounds(layout, self.device), self.shape)
+        return self.run(ids, gemma2.batch(positions, _bounds(layout, self.device), self.shape))
+
+    def run(self, ids: Tensor, of: Batch) -> Tensor:
+        """The last hidden states, (tokens, width), of (tokens,) int64 ids whose places are known."""
         # The embedding's scale is rounded to the weights' type, as in the model that was trained.
         x = self.embedding[ids] * torch.tensor(self.shape.width**0.5, dtype=self.embedding.dtype)
         for layer, (adapters, weights) in zip(self.layers, self._adapters(), strict=True):
@@ -130,23 +179,6 @@ class HandModel(LoadedModel):
                     adapters.append(Adapter(name, product, start, end, float(linear.scaling["default"]), dropout))
                     weights += [linear.lora_A["default"].weight, linear.lora_B["default"].weight]
             yield adapters, weights
-
-
-def read_shape(config: dict[str, Any]) -> Shape:
-    """The numbers of a Gemma 2 from its config.json."""
-    rope = config.get("rope_parameters") or {}
-    return Shape(
-        width=config["hidden_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        feed_forward=config["intermediate_size"],
-        scale=config["query_pre_attn_scalar"] ** -0.5,
-        softcap=config.get("attn_logit_softcapping"),
-        window=config["sliding_window"],
-        eps=config["rms_norm_eps"],
-        rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
-    )
 
 
 def _bounds(layout: Documents, device: torch.device) -> Bounds:

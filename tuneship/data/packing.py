@@ -147,6 +147,19 @@ def plan(lengths: Sequence[int] | NDArray[np.int64], train: Train) -> Plan:
     return Plan(updates)
 
 
+def cut(rows: Sequence[int], lengths: Sequence[int] | NDArray[np.int64], budget: int) -> list[tuple[int, ...]]:
+    """Rows in order, cut into forward passes that hold `budget` tokens."""
+    passes: list[list[int]] = [[]]
+    room = budget
+    for row in rows:
+        if lengths[row] > room:
+            passes.append([])
+            room = budget
+        passes[-1].append(row)
+        room -= int(lengths[row])
+    return [tuple(rows) for rows in passes if rows]
+
+
 def _epoch(lengths: list[int], train: Train, epoch: int) -> list[list[tuple[int, ...]]]:
     order = np.random.default_rng([train.seed, epoch]).permutation(len(lengths)).tolist()
     if train.packing:
@@ -157,20 +170,7 @@ def _epoch(lengths: list[int], train: Train, epoch: int) -> list[list[tuple[int,
         return [packs[at : at + size] for at in range(0, len(packs), size)]
     assert train.per_device_train_batch_size is not None
     size = train.per_device_train_batch_size * train.gradient_accumulation_steps
-    return [_cut(order[at : at + size], lengths, train.tokens_per_batch) for at in range(0, len(order), size)]
-
-
-def _cut(rows: list[int], lengths: list[int], budget: int) -> list[tuple[int, ...]]:
-    """Rows in order, cut into forward passes that hold `budget` tokens."""
-    passes: list[list[int]] = [[]]
-    room = budget
-    for row in rows:
-        if lengths[row] > room:
-            passes.append([])
-            room = budget
-        passes[-1].append(row)
-        room -= lengths[row]
-    return [tuple(rows) for rows in passes if rows]
+    return [cut(order[at : at + size], lengths, train.tokens_per_batch) for at in range(0, len(order), size)]
 
 
 def _best_fit(lengths: list[int], order: list[int], budget: int) -> list[tuple[int, ...]]:

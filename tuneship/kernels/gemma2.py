@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +42,23 @@ class Shape:
     window: int
     eps: float
     rope_theta: float
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> Self:
+        """From a Gemma 2's config.json."""
+        rope = config.get("rope_parameters") or {}
+        return cls(
+            width=config["hidden_size"],
+            heads=config["num_attention_heads"],
+            kv_heads=config["num_key_value_heads"],
+            head_dim=config["head_dim"],
+            feed_forward=config["intermediate_size"],
+            scale=config["query_pre_attn_scalar"] ** -0.5,
+            softcap=config.get("attn_logit_softcapping"),
+            window=config["sliding_window"],
+            eps=config["rms_norm_eps"],
+            rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        )
 
     @property
     def parts(self) -> dict[str, list[tuple[str, int, int]]]:

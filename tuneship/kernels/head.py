@@ -18,7 +18,9 @@ from tuneship.kernels import operations
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
 
 
-def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+def label_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None = None, shares: Tensor | None = None
+) -> Tensor:
     """Sum of the cross-entropies at the labelled positions, float32.
 
     Args:
@@ -26,30 +28,37 @@ def label_loss(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | 
         weight: (vocabulary, width), the frozen head.
         labels: (labels,), int64.
         softcap: cap·tanh(logit / cap) where the model has one.
+        shares: (labels,), float32: what each label counts; 1 each without it.
 
     Returns:
         A scalar; 0 where there is no label. Its gradient reaches `hidden` only.
     """
-    loss: Tensor = _LabelLoss.apply(hidden, weight, labels, softcap)  # type: ignore[no-untyped-call]
+    loss: Tensor = _LabelLoss.apply(hidden, weight, labels, softcap, shares)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _LabelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, shares: Tensor | None
+    ) -> Tensor:
         ops = operations(hidden)
         size = max(1, CHUNK_BYTES[hidden.device.type] // (weight.element_size() * weight.shape[0]))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for at in range(0, len(labels), size):
             logits = hidden[at : at + size] @ weight.t()
-            total += ops.label_gradient(logits, labels[at : at + size], softcap).sum()
+            losses = ops.label_gradient(logits, labels[at : at + size], softcap)
             # The logits are their own gradient now.
-            gradient[at : at + size] = logits @ weight
+            torch.mm(logits, weight, out=gradient[at : at + size])
+            if shares is not None:
+                losses = losses * shares[at : at + size]
+                gradient[at : at + size] *= shares[at : at + size, None].to(gradient.dtype)
+            total += losses.sum()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None

@@ -141,7 +141,7 @@ class Train(_Section):
     per_device_train_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Rows of a micro-batch without packing (8 if unset). With packing, tokens_per_batch says it."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
-    """Micro-batches of one update."""
+    """Micro-batches of one update, over all processes."""
     packing: bool = False
     """Fill each micro-batch with whole rows up to tokens_per_batch. Rows never see each other either way."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 4096
@@ -150,6 +150,8 @@ class Train(_Section):
     """Longest row, in tokens."""
     on_long_row: Literal["error", "skip"] = "error"
     """A longer row refuses the data, or is left out and told. It is never cut: a cut answer teaches not to end."""
+    num_processes: Annotated[int, Field(ge=1)] = 1
+    """GPUs of one machine that share an update's micro-batches. What is learned does not depend on it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -1,0 +1,167 @@
+"""What a training step needs of a card's memory, before the card is touched.
+
+    fit(Needs.of(config, lora, "bfloat16"), tokens=8192, free=80 * 10**9)
+
+For Gemma 2 on our own layers the count is exact but for what is alive for a moment, which is taken
+at its largest. The tokens of a forward pass and what a layer keeps follow from it; neither changes
+what is learned: an update's gradients are summed over as many passes as it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+from tuneship.errors import InputError
+from tuneship.kernels.gemma2 import Keep, Shape
+from tuneship.kernels.head import CHUNK_BYTES
+from tuneship.recipe import Lora
+
+# Bytes of a frozen weight. fp8 holds it twice, for the way forward and back; nf4 with its block scales.
+_WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 2.0, "nf4": 0.5 + 1 / 64 * 1.01}
+# AdamW on float32: the weight, its gradient, two moments.
+_ADAPTER_BYTES = 16
+# A pass below this many tokens leaves the card waiting for its memory; then a layer keeps less instead.
+_FEW_TOKENS = 4096
+_KEEPS: tuple[Keep, ...] = ("all", "most", "input")
+# What the allocator cannot use because of its shape, and other processes' small change.
+_MARGIN = 0.95
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the card, at the peak of a step."""
+
+    weights: int
+    adapter: int
+    kept: int
+    """From the way forward for the way back, all layers."""
+    working: int
+    """Alive for a moment: a layer's gradients, or a chunk of logits."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.adapter + self.kept + self.working
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a step is run on a card."""
+
+    tokens: int
+    """Of one forward pass, at most."""
+    keep: Keep
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The numbers of a model and adapter that decide."""
+
+    shape: Shape
+    layers: int
+    vocabulary: int
+    precision: str
+    adapter_weights: int
+    adapters: int
+    """Adapters in one layer, at most."""
+    rank: int
+
+    @classmethod
+    def of(cls, config: dict[str, Any], lora: Lora, precision: str) -> Self:
+        """From a Gemma 2's config.json and a recipe."""
+        shape = Shape.of(config)
+        layers = int(config["num_hidden_layers"])
+        inputs = {
+            "qkv": shape.width,
+            "o": shape.heads * shape.head_dim,
+            "gate_up": shape.width,
+            "down": shape.feed_forward,
+        }
+        linears = {
+            name: (end - start, inputs[product])
+            for product, parts in shape.parts.items()
+            for name, start, end in parts
+            if lora.target_modules == "all-linear" or name in lora.target_modules
+        }
+        tuned = layers if lora.layers_to_transform is None else len(lora.layers_to_transform)
+        each = sum(lora.r * (outputs + width) for outputs, width in linears.values())
+        return cls(shape, layers, int(config["vocab_size"]), precision, tuned * each, len(linears), lora.r)
+
+    @property
+    def weights(self) -> int:
+        """Of the frozen base: its linears, its embedding (the head too), its norms."""
+        shape = self.shape
+        attention = shape.width * (2 * shape.heads + 2 * shape.kv_heads) * shape.head_dim
+        linears = self.layers * (attention + 3 * shape.width * shape.feed_forward)
+        scales = 8 * self.layers * (sum(end for parts in shape.parts.values() for _, _, end in parts[-1:]))
+        plain = 4 if self.precision == "float32" else 2
+        rest = self.vocabulary * shape.width + self.layers * 4 * shape.width + shape.width
+        return int(linears * _WEIGHT_BYTES[self.precision]) + rest * plain + (scales if self.precision == "fp8" else 0)
+
+    def memory(self, tokens: int, keep: Keep) -> Memory:
+        """At the peak of a pass of so many tokens."""
+        shape = self.shape
+        element = 4 if self.precision == "float32" else 2
+        queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+        numbers = 4 * 4 + 4 * shape.heads  # of the norms and of attention, float32
+        layer_input = element * shape.width
+        gate_up = element * 2 * shape.feed_forward
+        inner = element * self.rank * self.adapters
+        most = element * (3 * shape.width + 2 * queries + 2 * keys) + numbers + inner
+        kept = {"all": layer_input + most + gate_up, "most": layer_input + most, "input": layer_input}[keep]
+        # gelu's gradient: of the gate's output, of gate and up, the active values, gate and up again.
+        layer = element * (6 * shape.feed_forward + 6 * shape.width) + (0 if keep == "all" else gate_up)
+        if keep == "input":
+            layer += most
+        if self.precision == "fp8":
+            layer += 2 * shape.feed_forward + shape.width
+        unpacked = element * 2 * shape.feed_forward * shape.width if self.precision == "nf4" else 0
+        head = CHUNK_BYTES["cuda"] + 3 * element * shape.width * tokens
+        return Memory(
+            self.weights,
+            _ADAPTER_BYTES * self.adapter_weights,
+            self.layers * kept * tokens,
+            max(layer * tokens + unpacked, head),
+        )
+
+
+def fit(needs: Needs, *, tokens: int, longest: int, free: int) -> Fit:
+    """How a pass of at most `tokens` runs in `free` bytes: as much kept as there is room for.
+
+    A layer keeps less before a pass becomes short; below that, passes become as short as the
+    longest row.
+
+    Raises:
+        InputError: even a pass of the longest row does not fit; it says what would.
+    """
+    room = int(free * _MARGIN)
+    for least in (min(tokens, max(longest, _FEW_TOKENS)), longest):
+        for keep in _KEEPS:
+            if (held := _tokens(needs, keep, tokens, room)) >= least:
+                return Fit(held, keep, needs.memory(held, keep))
+    raise InputError(
+        f"the card is too small: {needs.memory(longest, 'input').total / 1e9:.1f} GB are needed in "
+        f"{needs.precision}, {free / 1e9:.1f} GB are free",
+        where="model.precision",
+        fix=_remedy(needs, longest, room),
+    )
+
+
+def _tokens(needs: Needs, keep: Keep, most: int, room: int) -> int:
+    """The most tokens that a pass can hold: the need grows with them in a straight line, but for the head."""
+    if needs.memory(most, keep).total <= room:
+        return most
+    low, high = 0, most
+    while high - low > 64:
+        middle = (low + high) // 2
+        low, high = (middle, high) if needs.memory(middle, keep).total <= room else (low, middle)
+    return low
+
+
+def _remedy(needs: Needs, longest: int, room: int) -> str:
+    nf4 = Needs(**{**vars(needs), "precision": "nf4"}).memory(longest, "input").total
+    if needs.precision != "nf4" and nf4 <= room:
+        return f"set model.precision: nf4 (needs {nf4 / 1e9:.1f} GB), or take a larger card"
+    return f"take a card of {min(needs.memory(longest, 'input').total, nf4) / _MARGIN / 1e9:.0f} GB or more"

@@ -1,0 +1,115 @@
+"""A short pass as one CUDA graph.
+
+A pass of two hundred tokens is three thousand small kernels: launching them takes the CPU longer
+than running them takes the card. Here a pass is captured once for each length, in steps of 64
+tokens, and replayed with other rows. What fills a pass up to its length is a row of its own that
+carries no label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tuneship.data.packing import Pack, Plan
+from tuneship.kernels import gemma2
+from tuneship.kernels.head import label_loss
+from tuneship.kernels.reference import Bounds
+from tuneship.model import LoadedModel, trainable
+from tuneship.trainable import HandModel
+
+STEP = 64
+# Longer passes keep the card busy by themselves.
+MOST = 1024
+# Capturing costs about as much as this many passes.
+FEW_UPDATES = 20
+
+
+def worth(model: LoadedModel, longest: int, todo: Plan) -> bool:
+    """Whether passes of at most `longest` tokens, so many times, are worth capturing."""
+    return isinstance(model, HandModel) and model.device.type == "cuda" and longest <= MOST and len(todo) >= FEW_UPDATES
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    loss: Tensor
+
+
+class Replay:
+    """The passes of a model, captured as they come.
+
+    The adapter's gradients must keep their memory: clear them with `set_to_none=False`.
+    """
+
+    def __init__(self, model: LoadedModel) -> None:
+        assert isinstance(model, HandModel)
+        self.model = model
+        self._captured: dict[int, _Captured] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        for parameter in trainable(model).values():
+            parameter.grad = torch.zeros_like(parameter)
+
+    def backward(self, packed: Pack, share: float) -> Tensor:
+        """Adds the gradients of `share` times the pack's summed loss; returns that product, a scalar on the card."""
+        size = -(-len(packed.ids) // STEP) * STEP
+        filled = fill(packed, size, share)
+        if size not in self._captured:
+            self._captured[size] = self._capture({name: t.to(self.model.device) for name, t in filled.items()})
+        captured = self._captured[size]
+        for name, tensor in filled.items():
+            captured.inputs[name].copy_(tensor.pin_memory(), non_blocking=True)
+        captured.graph.replay()
+        return captured.loss
+
+    def _capture(self, inputs: dict[str, Tensor]) -> _Captured:
+        gradients = [parameter.grad for parameter in trainable(self.model).values()]
+        before = [gradient.clone() for gradient in gradients if gradient is not None]
+        # Once as it is: kernels are compiled and libraries make their plans, which a capture must not.
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            run(self.model, inputs)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            loss = run(self.model, inputs)
+        for gradient, old in zip(gradients, before, strict=True):
+            assert gradient is not None
+            gradient.copy_(old)
+        return _Captured(graph, inputs, loss)
+
+
+def fill(packed: Pack, size: int, share: float) -> dict[str, Tensor]:
+    """A pack filled up to `size` tokens and as many labels, as tensors of fixed shapes; added labels count 0."""
+    used, labels = len(packed.ids), len(packed.labels)
+    starts = torch.tensor([*packed.bounds, *([size] if used < size else [])], dtype=torch.int32)
+    lengths = starts.diff()
+    ids, positions = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    ids[:used], positions[:used] = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
+    positions[used:] = torch.arange(size - used)
+    labelled, wanted = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
+    labelled[:labels], wanted[:labels] = torch.from_numpy(packed.labelled), torch.from_numpy(packed.labels)
+    shares = torch.zeros(size)
+    shares[:labels] = share
+    return {
+        "ids": ids,
+        "positions": positions,
+        "first": starts[:-1].repeat_interleave(lengths),
+        "last": starts[1:].repeat_interleave(lengths),
+        "labelled": labelled,
+        "labels": wanted,
+        "shares": shares,
+    }
+
+
+def run(model: HandModel, inputs: dict[str, Tensor]) -> Tensor:
+    """The pass itself: loss and gradients of what `fill` made."""
+    of = gemma2.batch(inputs["positions"], Bounds(inputs["first"], inputs["last"]), model.shape)
+    states = model.run(inputs["ids"], of).index_select(0, inputs["labelled"])
+    loss = label_loss(states, model.head, inputs["labels"], model.softcap, inputs["shares"])
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
