@@ -128,6 +128,15 @@ def read(folder: Path) -> Prompt:
     return Prompt(template=contract.template, stop=contract.stop)
 
 
+def goldens(folder: Path) -> list[tuple[str, list[int]]]:
+    """The golden prompts beside an adapter, each with the token ids that training saw.
+
+    Raises:
+        InputError: there is no contract, or it is damaged.
+    """
+    return [(golden.prompt, golden.token_ids) for golden in _contract(folder).goldens]
+
+
 def verify(folder: Path, tokenizer: Tokenizer) -> None:
     """Holds a tokenizer against the contract's golden prompts.
 

@@ -11,6 +11,8 @@
     engine.py    what the gateway asks of an engine
     local.py     the engine in this process (the only file here that imports torch)
     upstream.py  an OpenAI-compatible engine by URL (vLLM)
+    goldens.py   whether it is the engine that the adapter was trained for
+    shares.py    several adapters behind one name, each with a share of the requests
     adapter.py   what is served: an adapter's folder, its contract, its tokenizer
     client.py    `ask`
 

@@ -60,8 +60,11 @@ class Engine(Protocol):
 
     failed: asyncio.Event
     """Set when it is gone for good."""
-    failure: BaseException | None
-    """Why."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why."""
+        ...
 
     @property
     def ready(self) -> bool:

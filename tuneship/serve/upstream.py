@@ -1,7 +1,8 @@
 """An engine elsewhere, by URL: vLLM, or anything else that speaks OpenAI's completions.
 
 It is always asked to stream, so that a client who leaves ends the generation there too. Prompts go
-as token ids where a contract is known. Ready means that the engine lists every model that we serve.
+as token ids where a contract is known. Ready means that the engine lists every model that we serve,
+and has made of each contract's golden prompts the token ids of training (`goldens`).
 
 aiohttp, not httpx: at a hundred streams, a token costs it 25 µs where httpx took 105 (bench/gateway.py).
 
@@ -14,10 +15,13 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from tuneship.errors import InputError, OutsideError
+from tuneship.serve import goldens
 from tuneship.serve.engine import Piece, Usage, Wanted
 from tuneship.serve.keys import KeyFile
 from tuneship.serve.shapes import ApiError, dumps
@@ -35,11 +39,19 @@ class Upstream:
         url: up to, and without, /v1.
         names: the models to serve; all that the engine lists where none is named.
         key: the engine's own API key.
+        contracts: model → the folder of its prompt contract, to hold the engine against.
     """
 
-    def __init__(self, url: str, names: Sequence[str] = (), key: KeyFile | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        names: Sequence[str] = (),
+        key: KeyFile | None = None,
+        contracts: Mapping[str, Path] | None = None,
+    ) -> None:
         self._url, self._names, self._key = url.rstrip("/").removesuffix("/v1"), list(names), key
-        # Never: an engine elsewhere may come back.
+        self._unproven = dict(contracts or {})
+        # Not where it is gone: an engine elsewhere may come back. Only where it is the wrong one.
         self.failed = asyncio.Event()
         self.failure: BaseException | None = None
         self._lengths: dict[str, int | None] = {}
@@ -129,11 +141,30 @@ class Upstream:
         while True:
             try:
                 listed = json.loads(await self._get("/v1/models"))["data"]
-                self._lengths = {model["id"]: model.get("max_model_len") for model in listed}
-                self._ready = bool(self._lengths) and all(name in self._lengths for name in self._names)
+                lengths = {model["id"]: model.get("max_model_len") for model in listed}
+                # vLLM tells an adapter's length at its base.
+                self._lengths = {m["id"]: lengths[m["id"]] or lengths.get(m.get("parent")) for m in listed}
+                there = bool(self._lengths) and all(name in self._lengths for name in self._names)
+                if there:
+                    await self._prove()
+                self._ready = there
+            except InputError as error:
+                self.failure = error
+                self.failed.set()
+                return
+            except OutsideError:
+                self._ready = False
             except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
                 self._ready = False
             await asyncio.sleep(_LOOKS_EVERY_S)
+
+    async def _prove(self) -> None:
+        """Asks for the golden prompts of every contract, once."""
+        assert self._session is not None
+        while self._unproven:
+            name, folder = next(iter(self._unproven.items()))
+            await goldens.check(self._session, self._url, name, folder, headers=self._headers())
+            del self._unproven[name]
 
     async def _get(self, path: str) -> bytes:
         assert self._session is not None
