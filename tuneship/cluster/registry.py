@@ -12,6 +12,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import NamedTuple
 from urllib.parse import urlencode, urlsplit
 
@@ -68,29 +69,37 @@ def digest(image: str) -> str:
     """
     registry, repository, tag = parse(image)
     scheme = "http" if _is_loopback(registry) else "https"
-    request = urllib.request.Request(  # noqa: S310 - the scheme is ours
-        f"{scheme}://{registry}/v2/{repository}/manifests/{tag}", method="HEAD", headers={"Accept": ACCEPT}
-    )
-    try:
-        try:
-            answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310
-        except urllib.error.HTTPError as refused:
-            if refused.code != 401:
-                raise
-            request.add_header("Authorization", f"Bearer {_token(refused.headers.get('WWW-Authenticate', ''), image)}")
-            answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310
-        with answer:
-            found = str(answer.headers.get("Docker-Content-Digest", ""))
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            raise InputError("the registry has no such tag", where=image, fix="name a tag that exists") from None
-        raise OutsideError(f"the registry answers {error.code} {error.reason}", where=image) from None
-    except OSError as error:
-        reason = getattr(error, "reason", None) or error
-        raise OutsideError(f"the registry cannot be reached: {reason}", where=image, fix="try again") from None
+    url = f"{scheme}://{registry}/v2/{repository}/manifests/{tag}"
+    status, headers, _ = _ask(url, image, method="HEAD", headers={"Accept": ACCEPT})
+    if status == 401:
+        token = _token(headers.get("WWW-Authenticate", ""), image)
+        headers = {"Accept": ACCEPT, "Authorization": f"Bearer {token}"}
+        status, headers, _ = _ask(url, image, method="HEAD", headers=headers)
+    if status == 404:
+        raise InputError("the registry has no such tag", where=image, fix="name a tag that exists")
+    if status != 200:
+        raise OutsideError(f"the registry answers {status}", where=image, fix="try again later")
+    found = headers.get("Docker-Content-Digest", "")
     if not re.fullmatch(r"sha256:[0-9a-f]{64}", found):
         raise OutsideError(f"the registry names no sha256 digest: {found!r}", where=image)
     return found
+
+
+def _ask(
+    url: str, image: str, *, method: str = "GET", headers: Mapping[str, str] | None = None
+) -> tuple[int, Mapping[str, str], bytes]:
+    """Status, headers and body of an answer, whatever the status."""
+    request = urllib.request.Request(url, method=method, headers=dict(headers or {}))  # noqa: S310 - http(s), ours
+    try:
+        try:
+            answer = urllib.request.urlopen(request, timeout=TIMEOUT_S)  # noqa: S310
+        except urllib.error.HTTPError as error:
+            answer = error
+        with answer:
+            return answer.status, answer.headers, answer.read()
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise OutsideError(f"the registry cannot be reached: {reason}", where=image, fix="try again") from None
 
 
 def _token(challenge: str, image: str) -> str:
@@ -100,14 +109,13 @@ def _token(challenge: str, image: str) -> str:
     realm = urlsplit(asked.pop("realm", ""))
     if scheme.lower() != "bearer" or not (realm.scheme == "https" or _is_loopback(realm.netloc)):
         raise OutsideError("the registry wants an account", where=image, fix="mirror the image where everybody reads")
-    url = f"{realm.geturl()}?{urlencode({key: asked[key] for key in ('service', 'scope') if key in asked})}"
-    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:  # noqa: S310 - https or loopback, see above
-        try:
-            grant = json.loads(answer.read())
-            token = grant.get("token") or grant["access_token"]
-        except (ValueError, AttributeError, KeyError):
-            raise OutsideError("the registry's token server gives no token", where=image) from None
-    return str(token)
+    query = urlencode({key: asked[key] for key in ("service", "scope") if key in asked})
+    _, _, body = _ask(f"{realm.geturl()}?{query}", image)
+    try:
+        grant = json.loads(body)
+        return str(grant.get("token") or grant["access_token"])
+    except (ValueError, AttributeError, KeyError):
+        raise OutsideError("the registry's token server gives no token", where=image) from None
 
 
 def _is_loopback(netloc: str) -> bool:
