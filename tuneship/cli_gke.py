@@ -21,8 +21,10 @@ OutputsFile = Annotated[
 
 @app.command()
 def render(
-    outputs: OutputsFile,
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write the manifests to.")],
+    outputs: OutputsFile = "outputs.json",
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests; they go to platform/ in it.")
+    ] = Path("rendered"),
     diff: Annotated[
         bool, typer.Option("--diff", help="Write nothing; show what would change. Exits 1 if anything would.")
     ] = False,
@@ -34,7 +36,7 @@ def render(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write the cluster's manifests from what Terraform built."""
+    """Write the platform's manifests from what Terraform built; `deploy --dry-run` writes those of a served run."""
     from tuneship.cluster import outputs as terraform
     from tuneship.cluster import registry
     from tuneship.cluster import render as manifests
