@@ -61,3 +61,73 @@ def render(
     else:
         say(f"{len(files)} files in {folder}")
     say(f"next: kubectl apply --server-side --recursive -f {folder}")
+
+
+@app.command()
+def deploy(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run's folder, here or under gs://; or hf://USER/NAME@COMMIT.")
+    ] = None,
+    outputs: OutputsFile = "outputs.json",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the manifests.")] = Path("rendered"),
+    canary: Annotated[
+        int | None, typer.Option(min=1, max=99, metavar="PERCENT", help="Try it on a share of the requests first.")
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of a canary: how many it must answer.")] = 100,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Of a canary: in how much time.")] = 30,
+    promote: Annotated[bool, typer.Option("--promote", help="End a trial now: the canary is served.")] = False,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Serve what was served before.")] = False,
+    force: Annotated[str, typer.Option("--force", metavar="REASON", help="Although the gate said no.")] = "",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do not look at what is served; end it.")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="Serve the merged model, not the adapter.")] = False,
+    image: Annotated[str | None, typer.Option(help="Image of the gateway; the recipe's by default.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="gs://…", help="The base in the bucket; the Hub's if unset.")
+    ] = None,
+    accelerator: Annotated[str | None, typer.Option(help="Kind of GPU; the recipe's by default.")] = None,
+    gpu: Annotated[int | None, typer.Option(min=1, help="GPUs of a pod.")] = None,
+    spot: Annotated[bool | None, typer.Option("--spot/--no-spot", help="On Spot nodes.")] = None,
+    min_replicas: Annotated[int | None, typer.Option(min=1, help="Pods at least.")] = None,
+    max_replicas: Annotated[int | None, typer.Option(min=1, help="Pods at most.")] = None,
+    no_auth: Annotated[bool | None, typer.Option("--no-auth/--auth", help="Answer without keys.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the manifests, print the commands, stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Serve a run from the cluster, on trial first if told so; or take it back."""
+    from tuneship.cluster import deploy as deployment
+    from tuneship.cluster import outputs as terraform
+    from tuneship.cluster.kubectl import Kubectl
+    from tuneship.errors import InputError
+
+    if (run is not None) + promote + rollback != 1:
+        raise InputError("name a RUN, or say --promote or --rollback", where="tuneship deploy")
+    built = terraform.read(sys.stdin.read() if outputs == "-" else Path(outputs))
+    kubectl = Kubectl(built.serving_k8s_namespace, dry_run=dry_run)
+    target = deployment.Target(built, kubectl, out / "serving")
+    if run is None:
+        served = deployment.promote(target) if promote else deployment.roll_back(target, force)
+    else:
+        options = {
+            "image": image,
+            "base": base,
+            "accelerator": accelerator,
+            "gpu": gpu,
+            "spot": spot,
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas,
+            "no_auth": no_auth,
+        }
+        served = deployment.deploy(
+            run,
+            target,
+            changes={name: value for name, value in options.items() if value is not None},
+            merged=merged,
+            canary=canary,
+            requests=requests,
+            minutes=minutes,
+            force=force,
+            fresh=fresh,
+        )
+    if as_json:
+        print(served.model_dump_json())
+    say(f"next: kubectl --namespace {built.serving_k8s_namespace} port-forward svc/llm-service 8000:8000")
