@@ -16,7 +16,7 @@ dense. A prefix that all prompts share (few-shot examples) is computed once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ class Request:
     stop: tuple[str, ...] = ()
     """Strings that end the completion; they are not part of it."""
     ignore_eos: bool = False
+    adapter: str = ""
+    """Which of the model's adapters answers, where it has several; see `Generator`."""
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,19 @@ class Generator:
         slots: how many requests run at a time.
         length: longest prompt and completion together, the shared prefix included, in tokens.
         prefix: token ids before every prompt.
+        route: for a model with several adapters: called before each pass with its tokens' `Request.adapter`s.
     """
 
-    def __init__(self, model: LoadedModel, *, slots: int, length: int, prefix: Sequence[int] = ()) -> None:
-        self.model, self.length, self.prefix = model, length, list(prefix)
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        slots: int,
+        length: int,
+        prefix: Sequence[int] = (),
+        route: Callable[[Sequence[str]], None] | None = None,
+    ) -> None:
+        self.model, self.length, self.prefix, self._route = model, length, list(prefix), route
         # One slot more, to keep the prefix in.
         self._cache = Cache(slots + 1, length)
         self._slots = slots
@@ -303,7 +314,8 @@ class Generator:
         if decoding:
             positions = [running.position for running in self._running]
             layout = _Decode(self._cache, torch.tensor(positions, device=self.model.device))
-            states = self._forward([running.tokens[-1] for running in self._running], positions, layout)
+            adapters = [running.request.adapter for running in self._running]
+            states = self._forward([running.tokens[-1] for running in self._running], positions, layout, adapters)
             events += self._take(list(self._running), states)
         if self._waiting and len(self._running) < self._slots:
             events += self._admit()
@@ -312,6 +324,7 @@ class Generator:
     def _admit(self) -> list[Event]:
         ids: list[int] = []
         positions: list[int] = []
+        adapters: list[str] = []
         segments: list[tuple[int, int, int]] = []
         admitted: list[_Running] = []
         start = len(self.prefix)
@@ -326,6 +339,7 @@ class Generator:
                 self._cache.copy(self._slots, slot, start)
             ids += request.prompt
             positions += range(start, start + count)
+            adapters += [request.adapter] * count
             segments.append((slot, start, count))
             random = None
             if request.temperature > 0:
@@ -334,11 +348,15 @@ class Generator:
             running = _Running(request, start + count - 1, [], TextStream(self.model.tokenizer, request.stop), random)
             self._running.append(running)
             admitted.append(running)
-        states = self._forward(ids, positions, _Prefill(self._cache, segments))
+        states = self._forward(ids, positions, _Prefill(self._cache, segments), adapters)
         ends = torch.tensor([count for _, _, count in segments]).cumsum(0) - 1
         return self._take(admitted, states[ends.to(states.device)])
 
-    def _forward(self, ids: Sequence[int], positions: Sequence[int], layout: Any) -> Tensor:
+    def _forward(
+        self, ids: Sequence[int], positions: Sequence[int], layout: Any, adapters: Sequence[str] = ()
+    ) -> Tensor:
+        if self._route is not None:
+            self._route(adapters)
         with torch.inference_mode():
             device = self.model.device
             self._cache.reach(max(positions) + 1)

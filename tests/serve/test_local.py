@@ -28,11 +28,11 @@ PROMPT = "Question: how many?\nContext: CREATE TABLE t (age INTEGER)\nAnswer:"
 
 @contextmanager
 def serving(
-    folder: Path, *, slots: int = 4, length: int = 200, **settings: Any
+    *folders: Path, slots: int = 4, length: int = 200, **settings: Any
 ) -> Iterator[tuple[Running, LocalEngine]]:
-    found = adapters.find(folder)
-    engine = LocalEngine(found, adapters.base_of(found), slots=slots, length=length)
-    contracts = {found.name: Contract(found.folder)}
+    found = [adapters.find(folder) for folder in folders]
+    engine = LocalEngine(found, adapters.shared_base(found), slots=slots, length=length)
+    contracts = {one.name: Contract(one.folder) for one in found}
     with running(engine, contracts=contracts, max_new_tokens=24, **settings) as served:
         yield served, engine
 
@@ -49,15 +49,17 @@ def served(made_adapter: Path) -> Iterator[Running]:
         yield found
 
 
+def evaluated(folder: Path, text: str) -> str:
+    """The greedy completion of a text, by base and adapter as evaluation runs them."""
+    model = models.load(adapters.base_of(adapters.find(folder)), "float32")
+    models.load_adapter(model, folder)
+    ((_, completion),) = complete(Generator(model, slots=1, length=200), [Request(Contract(folder).ids(text), 24)])
+    return completion.text
+
+
 @pytest.fixture(scope="module")
 def expected(made_adapter: Path) -> str:
-    """The greedy completion of PROMPT, by base and adapter as evaluation runs them."""
-    found = adapters.find(made_adapter)
-    model = models.load(adapters.base_of(found), "float32")
-    models.load_adapter(model, made_adapter)
-    ids = Contract(made_adapter).ids(PROMPT)
-    ((_, completion),) = complete(Generator(model, slots=1, length=200), [Request(ids, 24)])
-    return completion.text
+    return evaluated(made_adapter, PROMPT)
 
 
 def test_greedy_answers_are_those_of_evaluation(served: Running, expected: str) -> None:
@@ -85,6 +87,66 @@ def test_many_at_a_time_get_what_each_gets_alone(served: Running) -> None:
     for thread, _ in calls:
         thread.join(WAIT_S)
     assert [results for _, results in calls] == [[answer] for answer in alone]
+
+
+def renamed(folder: Path, target: Path, name: str, **facts: object) -> Path:
+    """A copy of an adapter under another name, with another sign, so that it answers otherwise."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, target)
+    file = target / "adapter_model.safetensors"
+    save_file({key: -t if "lora_B" in key else t for key, t in load_file(file).items()}, file)
+    told = json.loads((target / "tuneship.json").read_text())
+    told["recipe"]["name"] = name
+    (target / "tuneship.json").write_text(json.dumps({**told, **facts}))
+    return target
+
+
+def test_adapters_share_a_base_and_a_batch(made_adapter: Path, expected: str, tmp_path: Path) -> None:
+    other = renamed(made_adapter, tmp_path / "other", "other")
+    with serving(made_adapter, other) as (found, engine):
+        wait_ready(found)
+        assert [model["id"] for model in found.get("/v1/models").json()["data"]] == ["tiny", "other"]
+
+        def text(model: str, prompt: str) -> str:
+            body = {"model": model, "prompt": prompt, "temperature": 0, "max_tokens": 24}
+            answer: str = found.post("/v1/completions", body).json()["choices"][0]["text"]
+            return answer
+
+        prompts = [PROMPT, PROMPT[:40], PROMPT[:25]]
+        calls = [in_background(lambda m=m, p=p: text(m, p)) for p in prompts for m in ("tiny", "other")]  # type: ignore[misc]
+        for thread, _ in calls:
+            thread.join(WAIT_S)
+        folders = {"tiny": made_adapter, "other": other}
+        assert [results for _, results in calls] == [[evaluated(folders[m], p)] for p in prompts for m in folders]
+    assert calls[0][1] != calls[1][1]
+
+
+def test_adapters_of_different_bases_are_refused(made_adapter: Path, tmp_path: Path) -> None:
+    base = json.loads((made_adapter / "tuneship.json").read_text())["base"]
+    other = renamed(made_adapter, tmp_path / "other", "other", base={**base, "fingerprint": "0" * 64})
+    with pytest.raises(InputError, match="other was trained on another base than tiny"):
+        adapters.shared_base([adapters.find(made_adapter), adapters.find(other)])
+
+
+def test_a_merged_model_is_served_alone(made_adapter: Path, tiny_base: Path) -> None:
+    with pytest.raises(InputError, match="a merged model is served alone"):
+        adapters.shared_base([adapters.find(made_adapter), adapters.find(tiny_base)])
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"use_dora": True}, "an adapter with use_dora is not served"),
+        ({"rank_pattern": {"q_proj": 2}}, "an adapter with rank_pattern is not served"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(tiny_adapter: Path, change: dict[str, Any], what: str) -> None:
+    file = tiny_adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    found = adapters.find(tiny_adapter)
+    with pytest.raises(InputError, match=what):
+        local.load([found], adapters.base_of(found), slots=1, length=64)
 
 
 def test_sampling_follows_its_seed(served: Running) -> None:
@@ -123,9 +185,9 @@ def test_503_until_the_model_is_loaded(made_adapter: Path, monkeypatch: pytest.M
     may_load = threading.Event()
     load = local.load
 
-    def slowly(*args: Any) -> models.LoadedModel:
+    def slowly(*args: Any, **sizes: Any) -> Generator:
         assert may_load.wait(WAIT_S)
-        return load(*args)
+        return load(*args, **sizes)
 
     monkeypatch.setattr(local, "load", slowly)
     with serving(made_adapter) as (found, _):
@@ -195,7 +257,7 @@ def test_who_leaves_frees_the_slot(made_adapter: Path, monkeypatch: pytest.Monke
 
 def test_a_hanging_step_is_seen(made_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = adapters.find(made_adapter)
-    engine = LocalEngine(found, adapters.base_of(found), slots=1, length=64)
+    engine = LocalEngine([found], adapters.base_of(found), slots=1, length=64)
     assert not engine.hung
     monkeypatch.setattr(engine, "_step_since", 0.0)
     monkeypatch.setattr(local.time, "monotonic", lambda: local.HANGS_AFTER_S + 1)
@@ -204,14 +266,14 @@ def test_a_hanging_step_is_seen(made_adapter: Path, monkeypatch: pytest.MonkeyPa
 
 def test_the_model_bounds_the_length(made_adapter: Path) -> None:
     found = adapters.find(made_adapter)
-    assert LocalEngine(found, adapters.base_of(found), slots=1, length=10**6).length("tiny") == 512
+    assert LocalEngine([found], adapters.base_of(found), slots=1, length=10**6).length("tiny") == 512
 
 
 def test_a_folder_answers_without_a_server(made_adapter: Path, expected: str) -> None:
     found = adapters.find(made_adapter)
     contract = Contract(made_adapter)
-    loaded = local.load(found, adapters.base_of(found))
-    pieces = local.answer(loaded, contract.ids(PROMPT), stop=contract.prompt.stop, max_tokens=24)
+    files = adapters.base_of(found)
+    pieces = local.answer(found, files, contract.ids(PROMPT), stop=contract.prompt.stop, max_tokens=24)
     assert "".join(pieces) == expected
 
 
@@ -233,13 +295,13 @@ def test_a_merged_model_is_served(made_adapter: Path, tiny_base: Path, tmp_path:
 def test_a_cache_that_grows_changes_nothing(made_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three prompts of different lengths, so that copies between slots meet a grown cache, too."""
     found = adapters.find(made_adapter)
-    loaded = local.load(found, adapters.base_of(found))
+    files = adapters.base_of(found)
     contract = Contract(made_adapter)
-    requests = [Request(contract.ids(PROMPT * count), 40 * count) for count in (3, 1, 2)]
+    requests = [Request(contract.ids(PROMPT * count), 40 * count, adapter="tiny") for count in (3, 1, 2)]
 
     def texts(room: int) -> list[str]:
         monkeypatch.setattr(generation, "FIRST_ROOM", room)
-        generator = Generator(loaded, slots=2, length=400)
+        generator = local.load([found], files, slots=2, length=400)
         return [completion.text for _, completion in sorted(complete(generator, requests), key=lambda pair: pair[0])]
 
     assert texts(20) == texts(400)
@@ -248,7 +310,7 @@ def test_a_cache_that_grows_changes_nothing(made_adapter: Path, monkeypatch: pyt
 def test_the_engine_ends_while_it_loads(made_adapter: Path) -> None:
     async def briefly() -> None:
         found = adapters.find(made_adapter)
-        engine = LocalEngine(found, adapters.base_of(found), slots=1, length=64)
+        engine = LocalEngine([found], adapters.base_of(found), slots=1, length=64)
         await engine.start()
         await engine.close()
         assert engine.failure is None

@@ -70,7 +70,7 @@ def test_contradictions_are_told(tmp_path: Path, made_adapter: Path) -> None:
         serve([], settings=settings(), engine_url="http://x", base="y")
     with pytest.raises(InputError, match="no effect without its URL"):
         serve([made_adapter], settings=settings(), engine_key_file=tmp_path / "keys")
-    with pytest.raises(InputError, match="serves one folder, not 0"):
+    with pytest.raises(InputError, match="has nothing to serve"):
         serve([], settings=settings())
     with pytest.raises(InputError, match="have one name"):
         serve([made_adapter, made_adapter], settings=settings(), engine_url="http://x")

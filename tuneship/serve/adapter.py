@@ -9,7 +9,7 @@ and a prompt that is too long is refused before an engine sees it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +111,11 @@ class Adapter:
     """The recipe's, where the folder is a run's."""
 
 
-def find(path: Path) -> Adapter:
+def find(path: Path, *, weights: bool = True) -> Adapter:
     """Looks at a run's folder, an adapter's, or a merged model's.
+
+    Args:
+        weights: a merged model's must be there; an engine elsewhere has its own.
 
     Raises:
         InputError: it is none of them, or its parts contradict each other.
@@ -149,7 +152,7 @@ def find(path: Path) -> Adapter:
             )
         model = Model.model_validate(recipe["model"])
         return Adapter(name, folder, False, model, facts["base"]["fingerprint"], settings)
-    if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
+    if (folder / "config.json").is_file() and (any(folder.glob("*.safetensors")) or not weights):
         return Adapter(name, folder, True, None, None, settings)
     raise InputError(
         "no adapter and no model here", where=str(path), fix="name a run (runs/tiny), an adapter or a merged model"
@@ -187,3 +190,27 @@ def base_of(adapter: Adapter, name: str | None = None) -> BaseFiles:
             fix="restore that base, or name its folder with --base",
         )
     return files
+
+
+def shared_base(adapters: Sequence[Adapter], name: str | None = None) -> BaseFiles:
+    """The one base under several adapters; see `base_of`.
+
+    Raises:
+        InputError: they sit on different ones, or one of several is a whole model.
+    """
+    first, *others = adapters
+    for other in others:
+        if first.merged or other.merged:
+            raise InputError(
+                "a merged model is served alone",
+                where=str((first if first.merged else other).folder),
+                fix="serve it by itself",
+            )
+        assert first.base is not None and other.base is not None
+        if (other.fingerprint, other.base.precision) != (first.fingerprint, first.base.precision):
+            raise InputError(
+                f"{other.name} was trained on another base than {first.name}, or in another precision",
+                where=f"{other.folder / PROVENANCE} and {first.folder / PROVENANCE}",
+                fix="serve it by itself",
+            )
+    return base_of(first, name)

@@ -139,8 +139,7 @@ def _from_folder(where: str, question: str, context: str, base: str | None) -> I
     from tuneship.serve import local
 
     ids = contract.ids(contract.prompt.render({"question": question, "context": context, "answer": ""}))
-    loaded = local.load(found, files)
-    yield from local.answer(loaded, ids, stop=contract.prompt.stop, max_tokens=MAX_TOKENS)
+    yield from local.answer(found, files, ids, stop=contract.prompt.stop, max_tokens=MAX_TOKENS)
 
 
 def _from_server(url: str, question: str, context: str, model: str | None) -> Iterator[str]:

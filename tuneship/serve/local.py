@@ -1,10 +1,7 @@
-"""The engine in this process: a base with its adapter, and continuous batching on a thread of its own.
+"""The engine in this process: a base with its adapters, and continuous batching on a thread of its own.
 
 The event loop hands requests over through a queue and gets the tokens of each step with one call;
-it never waits for the model. In float32 the adapter is added into the base's weights in memory,
-which saves time in every step; in bfloat16 that would round it, so there it stays beside them.
-
-Not covered: several adapters on one base. vLLM does that, and the gateway serves it by URL.
+it never waits for the model. Several adapters share one base (lora.py), each under its own name.
 """
 
 from __future__ import annotations
@@ -16,17 +13,15 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tuneship import model as models
 from tuneship import prompt
 from tuneship.base import BaseFiles
 from tuneship.console import say
 from tuneship.generation import Event, Generator, Request
 from tuneship.kernels import cpu
-from tuneship.model import LoadedModel
 from tuneship.serve.adapter import Adapter
 from tuneship.serve.engine import Piece, Usage, Wanted, settle
+from tuneship.serve.lora import Adapters
 from tuneship.serve.shapes import ApiError
 
 # Far more than a step takes: 1,024 tokens of prompt on a slow CPU are seconds.
@@ -50,12 +45,14 @@ class LocalEngine:
     """See `engine.Engine`.
 
     Args:
+        adapters: what answers, by name; one merged model, or adapters of one base.
+        files: that base.
         slots: requests generated together.
         length: longest prompt and completion together.
     """
 
-    def __init__(self, adapter: Adapter, files: BaseFiles, *, slots: int, length: int) -> None:
-        self._adapter, self._files, self._slots = adapter, files, slots
+    def __init__(self, adapters: Sequence[Adapter], files: BaseFiles, *, slots: int, length: int) -> None:
+        self._adapters, self._files, self._slots = adapters, files, slots
         self._length = min(length, int(files.config["max_position_embeddings"]))
         self._inbox: queue.SimpleQueue[_Stream | None] = queue.SimpleQueue()
         self._cancelled: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
@@ -86,7 +83,7 @@ class LocalEngine:
 
     def models(self) -> Sequence[str]:
         """See `Engine`."""
-        return [self._adapter.name]
+        return [adapter.name for adapter in self._adapters]
 
     async def start(self) -> None:
         """See `Engine`. Whether loading fails is told by `failed`."""
@@ -112,6 +109,7 @@ class LocalEngine:
                 top_p=wanted.top_p,
                 seed=None if wanted.seed is None else (wanted.seed + number) % 2**63,
                 stop=wanted.stop,
+                adapter=wanted.model,
             )
             for ids in wanted.prompts
             for number in range(wanted.n)
@@ -138,12 +136,11 @@ class LocalEngine:
     def _main(self) -> None:
         assert self._loop is not None
         try:
-            model = load(self._adapter, self._files)
-            generator = Generator(model, slots=self._slots, length=self._length)
-            _warm(generator)
+            generator = load(self._adapters, self._files, slots=self._slots, length=self._length)
+            _warm(generator, self._adapters[0].name)
             settle()
             self._loaded = True
-            say(f"{self._adapter.name} is loaded")
+            say(f"{', '.join(self.models())} loaded")
             self._run(generator)
         except BaseException as error:
             self.failure = error
@@ -200,9 +197,10 @@ def _deliver(batch: Sequence[tuple[_Stream, Piece]]) -> None:
         stream.arrived.set()
 
 
-def _warm(generator: Generator) -> None:
+def _warm(generator: Generator, name: str) -> None:
     """The first step reads the weights and takes seconds; nobody should wait for it."""
-    generator.submit(Request([generator.model.tokenizer.eos_token_id] * 8, 2, ignore_eos=True))
+    eos = generator.model.tokenizer.eos_token_id
+    generator.submit(Request([eos] * 8, 2, ignore_eos=True, adapter=name))
     while generator.busy:
         generator.step()
 
@@ -211,28 +209,31 @@ def _gone() -> ApiError:
     return ApiError(503, "the engine is gone", code="engine_gone", retry_after=5)
 
 
-def load(adapter: Adapter, files: BaseFiles) -> LoadedModel:
-    """The base with the adapter on it.
+def load(adapters: Sequence[Adapter], files: BaseFiles, *, slots: int, length: int) -> Generator:
+    """A running batch on the base with its adapters.
 
     Raises:
-        InputError: base, adapter and tokenizer do not belong together.
+        InputError: base, adapters and tokenizer do not belong together.
     """
     cpu.keep_memory()
-    model = models.load(files, adapter.base.precision if adapter.base is not None else "auto")
-    prompt.verify(adapter.folder, model.tokenizer)
-    if not adapter.merged:
-        models.load_adapter(model, adapter.folder)
-        if model.causal.dtype == torch.float32:
-            assert model.peft is not None
-            model.peft.merge_and_unload()
-            model.peft = None
-    return model
+    first = adapters[0]
+    model = models.load(files, first.base.precision if first.base is not None else "auto")
+    for adapter in adapters:
+        prompt.verify(adapter.folder, model.tokenizer)
+    if first.merged:
+        return Generator(model, slots=slots, length=length)
+    beside = Adapters(model)
+    for adapter in adapters:
+        beside.add(adapter.name, adapter.folder)
+    return Generator(model, slots=slots, length=length, route=beside.route)
 
 
-def answer(model: LoadedModel, ids: Sequence[int], *, stop: Sequence[str], max_tokens: int) -> Iterator[str]:
+def answer(
+    adapter: Adapter, files: BaseFiles, ids: Sequence[int], *, stop: Sequence[str], max_tokens: int
+) -> Iterator[str]:
     """The greedy completion of one prompt, as it comes, without a server."""
-    generator = Generator(model, slots=1, length=len(ids) + max_tokens)
-    generator.submit(Request(list(ids), max_tokens, stop=tuple(stop)))
+    generator = load([adapter], files, slots=1, length=len(ids) + max_tokens)
+    generator.submit(Request(list(ids), max_tokens, stop=tuple(stop), adapter=adapter.name))
     while generator.busy:
         for event in generator.step():
             yield event.text

@@ -17,11 +17,13 @@ import ipaddress
 import resource
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
+from tuneship import prompt
 from tuneship.console import say
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.recipe import Serve
@@ -47,6 +49,7 @@ def serve(
     engine_key_file: Path | None = None,
     api_key_file: Path | None = None,
     no_auth: bool = False,
+    shares: Path | None = None,
     drain_s: float = 30.0,
 ) -> None:
     """Answers until a signal comes.
@@ -60,6 +63,8 @@ def serve(
         engine_key_file: a file with the key that this engine asks for.
         api_key_file: the keys that clients may show.
         no_auth: answer without keys on an address that others can reach.
+        shares: a file that puts the folders behind one model name, each with a share of its requests
+            (`shares`); their own names are then those of the folders.
         drain_s: seconds that running requests have after a signal.
 
     Raises:
@@ -67,7 +72,9 @@ def serve(
         OutsideError: the port is taken, a key file or the base is missing.
         TuneshipError: the engine died.
     """
-    found = [adapters.find(folder) for folder in folders]
+    found = [adapters.find(folder, weights=engine_url is None) for folder in folders]
+    if shares is not None:
+        found = [replace(one, name=folder.resolve().name) for one, folder in zip(found, folders, strict=True)]
     settings = settings or (found[0].settings if found else Serve())
     keys = _keys(api_key_file, no_auth, settings.host)
     contracts = {one.name: Contract(one.folder) for one in found}
@@ -79,6 +86,8 @@ def serve(
             running=settings.max_num_seqs, waiting=settings.max_waiting, request_s=settings.timeout_s, drain_s=drain_s
         )
         engine = _engine(found, settings, base, engine_url, engine_key_file)
+        if shares is not None:
+            engine = _shared(engine, found, contracts, shares)
         gateway = Gateway(
             engine,
             contracts,
@@ -102,18 +111,35 @@ def _engine(
             raise InputError("--base has no effect with an engine elsewhere", where=f"--base {base}", fix="remove it")
         from tuneship.serve.upstream import Upstream
 
-        return Upstream(url, [one.name for one in found], KeyFile(key_file) if key_file is not None else None)
+        key = KeyFile(key_file) if key_file is not None else None
+        return Upstream(url, [one.name for one in found], key, {one.name: one.folder for one in found})
     if key_file is not None:
         raise InputError("an engine's key has no effect without its URL", where=str(key_file), fix="remove it")
-    if len(found) != 1:
+    if not found:
         raise InputError(
-            f"the engine here serves one folder, not {len(found)}",
-            fix="name one, or an engine that has them with --engine",
+            "the engine here has nothing to serve", fix="name a run, an adapter or a merged model; or an engine by URL"
         )
-    files = adapters.base_of(found[0], base)
+    files = adapters.shared_base(found, base)
     from tuneship.serve.local import LocalEngine
 
-    return LocalEngine(found[0], files, slots=settings.max_num_seqs, length=settings.max_model_len)
+    return LocalEngine(found, files, slots=settings.max_num_seqs, length=settings.max_model_len)
+
+
+def _shared(engine: Engine, found: Sequence[Adapter], contracts: dict[str, Contract], file: Path) -> Engine:
+    """The engine with one name for all adapters, and the contract that they have in common for it."""
+    from tuneship.serve.shares import Shares
+
+    first, *others = found
+    for other in others:
+        if (other.folder / prompt.FILE).read_bytes() != (first.folder / prompt.FILE).read_bytes():
+            raise InputError(
+                "adapters that share a name need the same prompt contract",
+                where=f"{first.folder / prompt.FILE} and {other.folder / prompt.FILE}",
+                fix="serve them without --shares, each under its own name",
+            )
+    shared = Shares(engine, file, [one.name for one in found])
+    contracts[shared.model] = contracts[first.name]
+    return shared
 
 
 def _keys(file: Path | None, no_auth: bool, host: str) -> KeyFile | None:
