@@ -147,13 +147,11 @@ def load(files: BaseFiles, precision: str = "auto", device: torch.device | None 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" or cpu.has_bfloat16() else "float32"
-    if precision in ("fp8", "nf4"):
+    if precision in ("fp8", "nf4") and device.type == "cpu":
         raise InputError(
-            f"precision {precision} needs a CUDA GPU" if device.type == "cpu" else f"no {precision} here",
-            where="model.precision",
-            fix="set model.precision: auto",
+            f"precision {precision} needs a CUDA GPU", where="model.precision", fix="set model.precision: auto"
         )
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    return torch.float32 if precision == "float32" else torch.bfloat16
 
 
 def check_lora(files: BaseFiles, lora: Lora) -> None:

@@ -26,6 +26,7 @@ from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
 from tuneship.kernels import attention, gemma2, operations
+from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Documents, Layout
 from tuneship.kernels.frozen import Fp8, Frozen, Nf4, Plain
 from tuneship.kernels.gemma2 import Adapter, Batch, Keep, Layer, Shape
@@ -61,9 +62,10 @@ def load(
     """
     models.check_architecture(files)
     device = device or models.pick_device()
-    if device.type == "cuda" and files.config["model_type"] == "gemma2":
+    if device.type == "cuda":
         precision = "bfloat16" if precision == "auto" else precision
         check_card(precision, device)
+    if device.type == "cuda" and files.config["model_type"] == "gemma2":
         free = torch.cuda.mem_get_info(device)[0]
         fit = memory.fit(Needs.of(files.config, lora, precision), tokens=tokens, longest=longest, free=free)
         model: LoadedModel = load_by_hand(files, precision, lora, seed=seed, device=device, keep=fit.keep)
@@ -71,6 +73,8 @@ def load(
         return model
     model = models.load(files, precision, device)
     models.add_lora(model, lora, seed=seed)
+    if precision in ("fp8", "nf4"):
+        lora_kernel.freeze(model.causal.model, lambda weight: _frozen(weight, precision))
     return model
 
 
