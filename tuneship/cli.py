@@ -216,6 +216,11 @@ def serve(
         Path | None, typer.Option(help="File with the keys that clients may show, one a line.")
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Answer without keys beyond this machine.")] = False,
+    shares: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Put the runs behind one name, each with a share of its requests."),
+    ] = None,
+    drain_s: Annotated[float, typer.Option(help="Seconds that running requests have after a signal.")] = 30.0,
 ) -> None:
     """Serve tuned models: OpenAI's routes, /ask, /generate."""
     from tuneship.journal import is_run, read_run
@@ -232,6 +237,8 @@ def serve(
         engine_key_file=engine_key_file,
         api_key_file=api_key_file,
         no_auth=no_auth,
+        shares=shares,
+        drain_s=drain_s,
     )
 
 
