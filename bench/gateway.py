@@ -235,7 +235,7 @@ def process(*arguments: str) -> Iterator[tuple[str, int]]:
 
 def gateway(running: int, waiting: int, url: str) -> Any:
     settings = f"Serve(port=0, max_num_seqs={running}, max_waiting={waiting}, timeout_s=60)"
-    code = f"from tuneship.serve.server import serve, Serve; serve([], settings={settings}, engine_url={url!r})"
+    code = f"from tuneship.serve.server import serve, Serve; serve([], settings={settings}, engine={url!r})"
     return process("-c", code)
 
 

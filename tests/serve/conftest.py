@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from gateway_kit import KEY, OTHER_KEY, Running, running
+
+from tuneship.serve.keys import KeyFile
 
 TEMPLATE = "Question: {question}\nContext: {context}\nAnswer: {answer}"
 
@@ -41,3 +45,17 @@ def made_adapter(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> P
 def tiny_adapter(made_adapter: Path, tmp_path: Path) -> Path:
     """A copy of the adapter's folder."""
     return Path(shutil.copytree(made_adapter, tmp_path / "adapter"))
+
+
+@pytest.fixture
+def guarded(tmp_path: Path) -> Iterator[tuple[Running, Path]]:
+    file = tmp_path / "keys"
+    file.write_text(f"# two, so that one can go\n{KEY}\n{OTHER_KEY}\n")
+    with running(keys=KeyFile(file)) as served:
+        yield served, file
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Running]:
+    with running() as found:
+        yield found

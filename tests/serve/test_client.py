@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kit import Running, StubEngine, canned, running
+from gateway_kit import Running, StubEngine, canned, running
 
 from tuneship import credentials
 from tuneship.database import Result, SqlError

@@ -13,32 +13,32 @@ from tuneship.serve.keys import KeyFile
 GOOD = "0123456789abcdef"
 
 
-def test_a_missing_file_is_told(tmp_path: Path) -> None:
+def test_v1_a_missing_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(OutsideError, match="missing"):
         KeyFile(tmp_path / "keys")
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# no key\n"])
-def test_an_empty_file_is_told(tmp_path: Path, text: str) -> None:
+def test_v1_an_empty_file_is_told(tmp_path: Path, text: str) -> None:
     (tmp_path / "keys").write_text(text)
     with pytest.raises(OutsideError, match="empty"):
         KeyFile(tmp_path / "keys")
 
 
 @pytest.mark.parametrize("key", ["short", "with a blank in it", "schlüssel-schlüssel"])
-def test_a_bad_key_is_told_without_the_key(tmp_path: Path, key: str) -> None:
+def test_v1_a_bad_key_is_told_without_the_key(tmp_path: Path, key: str) -> None:
     (tmp_path / "keys").write_text(f"{GOOD}\n{key}\n")
     with pytest.raises(InputError, match="API key 2") as caught:
         KeyFile(tmp_path / "keys")
     assert key not in str(caught.value)
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
+def test_v1_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(OutsideError, match="cannot be read"):
         KeyFile(tmp_path)
 
 
-def test_the_last_keys_stay_while_the_file_is_half_written(tmp_path: Path) -> None:
+def test_v1_the_last_keys_stay_while_the_file_is_half_written(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(GOOD)
     found = KeyFile(file)
@@ -49,7 +49,7 @@ def test_the_last_keys_stay_while_the_file_is_half_written(tmp_path: Path) -> No
     assert not found.accepts(f"Bearer {GOOD}".encode())
 
 
-def test_every_key_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_v1_every_key_is_compared_in_constant_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is shown and wherever it would match, as many whole digests are compared."""
     compared: list[tuple[int, int]] = []
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import WAIT_S, Running, frames, in_background, running
+from gateway_kit import WAIT_S, Running, frames, in_background, running
 
 from tuneship import generation
 from tuneship import model as models
@@ -104,7 +104,7 @@ def renamed(folder: Path, target: Path, name: str, **facts: object) -> Path:
 
 def test_adapters_share_a_base_and_a_batch(made_adapter: Path, expected: str, tmp_path: Path) -> None:
     other = renamed(made_adapter, tmp_path / "other", "other")
-    with serving(made_adapter, other) as (found, engine):
+    with serving(made_adapter, other) as (found, _):
         wait_ready(found)
         assert [model["id"] for model in found.get("/v1/models").json()["data"]] == ["tiny", "other"]
 
@@ -227,7 +227,7 @@ def test_an_engine_that_dies_says_so_and_ends_the_server(made_adapter: Path, mon
     assert "out of memory" in str(found.error)
 
 
-def test_who_leaves_frees_the_slot(made_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_v6_who_leaves_frees_the_slot(made_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one slot, a request that nobody waits for would hold up the next to its end."""
     begun, cancelled = threading.Event(), threading.Event()
     step, cancel = Generator.step, Generator.cancel

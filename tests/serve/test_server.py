@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from kit import WAIT_S, StubEngine, running
+from gateway_kit import WAIT_S, StubEngine, process, running
 
 from tuneship.errors import InputError, OutsideError
 from tuneship.recipe import Serve
@@ -34,7 +30,7 @@ def taken() -> Iterator[int]:
 
 def test_a_taken_port_is_told(taken: int) -> None:
     with pytest.raises(OutsideError, match="the port is taken") as caught:
-        serve([], settings=settings(port=taken), engine_url="http://127.0.0.1:9")
+        serve([], settings=settings(port=taken), engine="http://127.0.0.1:9")
     assert caught.value.where == f"127.0.0.1:{taken}"
 
 
@@ -46,7 +42,7 @@ def test_an_address_that_is_not_here_is_told(host: str) -> None:
 
 def test_a_missing_key_file_is_told(tmp_path: Path) -> None:
     with pytest.raises(OutsideError, match="API keys is missing"):
-        serve([], engine_url="http://127.0.0.1:9", api_key_file=tmp_path / "keys")
+        serve([], engine="http://127.0.0.1:9", api_key_file=tmp_path / "keys")
 
 
 def test_no_adapter_is_told(tmp_path: Path) -> None:
@@ -57,52 +53,31 @@ def test_no_adapter_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.com"])
 def test_others_may_ask_only_with_keys_or_a_word(host: str) -> None:
     with pytest.raises(InputError, match="without API keys only this machine may ask"):
-        serve([], settings=settings(host=host), engine_url="http://127.0.0.1:9")
+        serve([], settings=settings(host=host), engine="http://127.0.0.1:9")
 
 
 def test_contradictions_are_told(tmp_path: Path, made_adapter: Path) -> None:
     (tmp_path / "keys").write_text("0123456789abcdef")
     with pytest.raises(InputError, match="exclude each other"):
-        serve([], engine_url="http://x", api_key_file=tmp_path / "keys", no_auth=True)
-    with pytest.raises(InputError, match="begins with http"):
-        serve([], settings=settings(), engine_url="x:80")
+        serve([], engine="http://x", api_key_file=tmp_path / "keys", no_auth=True)
+    with pytest.raises(InputError, match="an engine is local, vllm or a URL"):
+        serve([], settings=settings(), engine="x:80")
     with pytest.raises(InputError, match="--base has no effect"):
-        serve([], settings=settings(), engine_url="http://x", base="y")
+        serve([], settings=settings(), engine="http://x", base="y")
     with pytest.raises(InputError, match="no effect without its URL"):
         serve([made_adapter], settings=settings(), engine_key_file=tmp_path / "keys")
     with pytest.raises(InputError, match="has nothing to serve"):
         serve([], settings=settings())
     with pytest.raises(InputError, match="have one name"):
-        serve([made_adapter, made_adapter], settings=settings(), engine_url="http://x")
-
-
-@contextmanager
-def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """`serve` as the command line calls it; yields the process and its URL."""
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom tuneship.recipe import Serve\n"
-        "from tuneship.errors import TuneshipError\nfrom tuneship.serve.server import serve\n"
-        "try:\n    " + "; ".join(arguments) + "\n"
-        "except TuneshipError as error:\n    print(error, file=sys.stderr); sys.exit(error.exit_code)\n"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    try:
-        assert child.stderr is not None
-        url = re.search(r"http://127\.0\.0\.1:\d+(?= \()", child.stderr.readline())
-        assert url is not None
-        yield child, url[0]
-    finally:
-        child.kill()
-        child.wait(WAIT_S)
-        child.stderr.close()
+        serve([made_adapter, made_adapter], settings=settings(), engine="http://x")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_a_stream_end(number: signal.Signals) -> None:
+def test_v9_a_signal_lets_a_stream_end(number: signal.Signals) -> None:
     engine = StubEngine(hold=1)
     with (
         running(engine, contracts={}) as inner,
-        process(f"serve([], settings=Serve(port=0), engine_url={inner.url!r})") as (child, url),
+        process(f"serve([], settings=Serve(port=0), engine={inner.url!r})") as (child, url),
         httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client,
     ):
         while client.get("/health").status_code != 200:
@@ -119,11 +94,11 @@ def test_a_signal_lets_a_stream_end(number: signal.Signals) -> None:
         assert child.wait(WAIT_S) == 0
 
 
-def test_a_second_signal_ends_it_at_once() -> None:
+def test_v9_a_second_signal_ends_it_at_once() -> None:
     engine = StubEngine(hold=1)
     with (
         running(engine, contracts={}) as inner,
-        process(f"serve([], settings=Serve(port=0), engine_url={inner.url!r})") as (child, url),
+        process(f"serve([], settings=Serve(port=0), engine={inner.url!r})") as (child, url),
         httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client,
     ):
         while client.get("/health").status_code != 200:
@@ -156,7 +131,7 @@ def test_a_folder_is_served_and_its_failure_told(tiny_adapter: Path) -> None:
         assert "Traceback" not in text
 
 
-def test_a_signal_while_loading_ends_it(tiny_adapter: Path) -> None:
+def test_v9_a_signal_while_loading_ends_it(tiny_adapter: Path) -> None:
     with process(f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0))") as (child, url):
         assert httpx.get(url + "/health?live", trust_env=False).status_code == 200
         child.send_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from kit import WAIT_S, Running, StubEngine, canned, frames, running, sse
+from gateway_kit import WAIT_S, Running, StubEngine, canned, frames, running, sse
 
 from tuneship.serve.keys import KeyFile
 from tuneship.serve.limits import Limits
@@ -70,7 +70,7 @@ def test_tokens_come_as_they_are_made() -> None:
         assert "data: [DONE]" in list(lines)
 
 
-def test_who_leaves_ends_the_generation_there_too() -> None:
+def test_v6_who_leaves_ends_the_generation_there_too() -> None:
     engine = StubEngine(hold=1)
     with through(engine) as served:
         with served.streamed("/v1/completions", PROMPT):
@@ -78,7 +78,7 @@ def test_who_leaves_ends_the_generation_there_too() -> None:
         engine.wait_running(0)
 
 
-def test_a_deadline_ends_the_generation_there_too() -> None:
+def test_v8_a_deadline_ends_the_generation_there_too() -> None:
     engine = StubEngine(hold=0)
     with through(engine, limits=Limits(request_s=0.3)) as served:
         assert served.post("/v1/completions", PROMPT).status_code == 504
@@ -91,7 +91,7 @@ def test_the_engines_key_is_shown(tmp_path: Path) -> None:
     keys = KeyFile(file)
     with (
         running(contracts={}, keys=keys) as inner,
-        running(Upstream(inner.url + "/v1/", key=keys), contracts={}) as served,
+        running(Upstream(inner.url + "/v1/", key=keys.first), contracts={}) as served,
     ):
         wait_ready(served)
         assert served.post("/v1/completions", PROMPT).status_code == 200

@@ -9,8 +9,10 @@
     wire.py      deadlines on the connection itself
     metrics.py   Prometheus names
     engine.py    what the gateway asks of an engine
-    local.py     the engine in this process (the only file here that imports torch)
-    upstream.py  an OpenAI-compatible engine by URL (vLLM)
+    local.py     the engine in this process (with lora.py all here that imports torch)
+    lora.py      several adapters beside one base
+    upstream.py  an OpenAI-compatible engine by URL
+    vllm.py      vLLM as a child of this process
     goldens.py   whether it is the engine that the adapter was trained for
     shares.py    several adapters behind one name, each with a share of the requests
     adapter.py   what is served: an adapter's folder, its contract, its tokenizer

@@ -15,6 +15,7 @@ import asyncio
 import errno
 import ipaddress
 import resource
+import shlex
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -45,7 +46,8 @@ def serve(
     *,
     settings: Serve | None = None,
     base: str | None = None,
-    engine_url: str | None = None,
+    engine: str = "local",
+    engine_args: str = "",
     engine_key_file: Path | None = None,
     api_key_file: Path | None = None,
     no_auth: bool = False,
@@ -55,12 +57,14 @@ def serve(
     """Answers until a signal comes.
 
     Args:
-        folders: a run, an adapter or a merged model; with `engine_url` any number, whose contracts and
-            names are those of the engine's models.
+        folders: runs or adapters of one base, or one merged model; with an engine elsewhere those that it
+            has, by name; none there means all that it has, without their contracts.
         settings: the recipe's serve section; the run's own by default.
         base: where the base is now, if elsewhere than when the adapter was trained.
-        engine_url: an OpenAI-compatible engine, instead of the one in this process.
-        engine_key_file: a file with the key that this engine asks for.
+        engine: `local` for the one in this process, `vllm` for a vLLM of our own, or the URL of an
+            OpenAI-compatible one.
+        engine_args: more arguments for vLLM, as on a command line.
+        engine_key_file: a file with the key that an engine elsewhere asks for.
         api_key_file: the keys that clients may show.
         no_auth: answer without keys on an address that others can reach.
         shares: a file that puts the folders behind one model name, each with a share of its requests
@@ -72,7 +76,7 @@ def serve(
         OutsideError: the port is taken, a key file or the base is missing.
         TuneshipError: the engine died.
     """
-    found = [adapters.find(folder, weights=engine_url is None) for folder in folders]
+    found = [adapters.find(folder, weights=not _is_url(engine)) for folder in folders]
     if shares is not None:
         found = [replace(one, name=folder.resolve().name) for one, folder in zip(found, folders, strict=True)]
     settings = settings or (found[0].settings if found else Serve())
@@ -85,34 +89,36 @@ def serve(
         limits = Limits(
             running=settings.max_num_seqs, waiting=settings.max_waiting, request_s=settings.timeout_s, drain_s=drain_s
         )
-        engine = _engine(found, settings, base, engine_url, engine_key_file)
+        behind = _engine(engine, found, settings, base, engine_args, engine_key_file)
         if shares is not None:
-            engine = _shared(engine, found, contracts, shares)
+            behind = _shared(behind, found, contracts, shares)
         gateway = Gateway(
-            engine,
+            behind,
             contracts,
             limits=limits,
             max_new_tokens=settings.max_new_tokens,
             keys=keys,
             local_only=keys is None and not no_auth,
         )
-        server = Server(gateway, engine, listening, limits)
+        server = Server(gateway, behind, listening, limits)
         say(f"serving {', '.join(contracts) or 'every model'} at {address(listening)} (ctrl-C ends it)")
         server.run()
 
 
 def _engine(
-    found: Sequence[Adapter], settings: Serve, base: str | None, url: str | None, key_file: Path | None
+    engine: str, found: Sequence[Adapter], settings: Serve, base: str | None, arguments: str, key_file: Path | None
 ) -> Engine:
-    if url is not None:
-        if not url.startswith(("http://", "https://")):
-            raise InputError("an engine's URL begins with http:// or https://", where=f"--engine {url}")
+    if engine not in ("local", "vllm") and not _is_url(engine):
+        raise InputError("an engine is local, vllm or a URL", where=f"--engine {engine}", fix="http://host:port")
+    if arguments and engine != "vllm":
+        raise InputError("arguments for vLLM have no effect without it", where=f"--engine-args {arguments!r}")
+    if _is_url(engine):
         if base is not None:
             raise InputError("--base has no effect with an engine elsewhere", where=f"--base {base}", fix="remove it")
         from tuneship.serve.upstream import Upstream
 
-        key = KeyFile(key_file) if key_file is not None else None
-        return Upstream(url, [one.name for one in found], key, {one.name: one.folder for one in found})
+        key = KeyFile(key_file).first if key_file is not None else None
+        return Upstream(engine, [one.name for one in found], key, {one.name: one.folder for one in found})
     if key_file is not None:
         raise InputError("an engine's key has no effect without its URL", where=str(key_file), fix="remove it")
     if not found:
@@ -120,9 +126,17 @@ def _engine(
             "the engine here has nothing to serve", fix="name a run, an adapter or a merged model; or an engine by URL"
         )
     files = adapters.shared_base(found, base)
+    if engine == "vllm":
+        from tuneship.serve.vllm import Vllm
+
+        return Vllm(found, files, settings, shlex.split(arguments))
     from tuneship.serve.local import LocalEngine
 
     return LocalEngine(found, files, slots=settings.max_num_seqs, length=settings.max_model_len)
+
+
+def _is_url(engine: str) -> bool:
+    return engine.startswith(("http://", "https://"))
 
 
 def _shared(engine: Engine, found: Sequence[Adapter], contracts: dict[str, Contract], file: Path) -> Engine:

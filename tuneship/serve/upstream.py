@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ import aiohttp
 from tuneship.errors import InputError, OutsideError
 from tuneship.serve import goldens
 from tuneship.serve.engine import Piece, Usage, Wanted
-from tuneship.serve.keys import KeyFile
 from tuneship.serve.shapes import ApiError, dumps
 
 _LOOKS_EVERY_S = 2.0
 _ANSWERS_WITHIN_S = 5.0
+# vLLM closes an idle connection after 5 s; a request must not meet that moment.
+_IDLE_S = 3.0
 _FRAME_BYTES = 2**20
 _ENGINE_METRICS = (b"vllm:", b"# HELP vllm:", b"# TYPE vllm:")
 
@@ -38,7 +39,7 @@ class Upstream:
     Args:
         url: up to, and without, /v1.
         names: the models to serve; all that the engine lists where none is named.
-        key: the engine's own API key.
+        key: gives the engine's own API key.
         contracts: model → the folder of its prompt contract, to hold the engine against.
     """
 
@@ -46,11 +47,11 @@ class Upstream:
         self,
         url: str,
         names: Sequence[str] = (),
-        key: KeyFile | None = None,
+        key: Callable[[], str] | None = None,
         contracts: Mapping[str, Path] | None = None,
     ) -> None:
         self._url, self._names, self._key = url.rstrip("/").removesuffix("/v1"), list(names), key
-        self._unproven = dict(contracts or {})
+        self._contracts, self._proven = contracts or {}, False
         # Not where it is gone: an engine elsewhere may come back. Only where it is the wrong one.
         self.failed = asyncio.Event()
         self.failure: BaseException | None = None
@@ -80,7 +81,7 @@ class Upstream:
     async def start(self) -> None:
         """See `Engine`."""
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_ANSWERS_WITHIN_S)
-        connector = aiohttp.TCPConnector(limit=0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
         self._session = aiohttp.ClientSession(timeout=timeout, connector=connector, auto_decompress=False)
         self._looking = asyncio.create_task(self._look())
 
@@ -152,19 +153,26 @@ class Upstream:
                 self.failure = error
                 self.failed.set()
                 return
-            except OutsideError:
-                self._ready = False
-            except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError, AttributeError):
-                self._ready = False
+            except (
+                OutsideError,
+                aiohttp.ClientError,
+                TimeoutError,
+                ValueError,
+                LookupError,
+                TypeError,
+                AttributeError,
+            ):
+                # It may be another one that comes back.
+                self._ready = self._proven = False
             await asyncio.sleep(_LOOKS_EVERY_S)
 
     async def _prove(self) -> None:
-        """Asks for the golden prompts of every contract, once."""
+        """Asks for the golden prompts of every contract, once each time that the engine has come up."""
         assert self._session is not None
-        while self._unproven:
-            name, folder = next(iter(self._unproven.items()))
-            await goldens.check(self._session, self._url, name, folder, headers=self._headers())
-            del self._unproven[name]
+        if not self._proven:
+            for name, folder in self._contracts.items():
+                await goldens.check(self._session, self._url, name, folder, headers=self._headers())
+            self._proven = True
 
     async def _get(self, path: str) -> bytes:
         assert self._session is not None
@@ -174,7 +182,7 @@ class Upstream:
             return await response.read()
 
     def _headers(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self._key.first()}"} if self._key is not None else {}
+        return {"authorization": f"Bearer {self._key()}"} if self._key is not None else {}
 
 
 def _body(wanted: Wanted) -> bytes:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +25,8 @@ from tuneship.serve.server import Server, address, listen
 from tuneship.serve.shapes import ApiError
 
 WAIT_S = 20.0
+PROMPT = {"prompt": "Question: one?\nContext: \nAnswer:"}
+KEY, OTHER_KEY = "k" * 16 + "-one", "k" * 16 + "-two"
 CONTRACT = Prompt("Question: {question}\nContext: {context}\nAnswer: {answer}", ("\nQuestion:", "\nContext:"))
 
 
@@ -232,3 +239,73 @@ def canned(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
         listening.shutdown(socket.SHUT_RDWR)
         listening.close()
         thread.join(WAIT_S)
+
+
+def exchange(served: Running, request: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Bytes in, (status, headers, body) out; the connection is closed after the answer."""
+    with served.connect() as connection:
+        connection.sendall(request)
+        received = b""
+        while chunk := connection.recv(65536):
+            received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(status.split()[1]), headers, body
+
+
+def get(target: str, method: str = "GET") -> bytes:
+    return f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n".encode()
+
+
+def raw_post(path: str, body: bytes, kind: str = "application/json") -> bytes:
+    head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: {kind}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def assert_error(status: int, body: bytes, code: str) -> dict[str, Any]:
+    error: dict[str, Any] = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == code, error
+    assert 400 <= status < 600
+    return error
+
+
+def wait_for_waiting(served: Running, count: int) -> None:
+    """Until so many wait for the engine, by the gateway's own word."""
+    deadline = time.monotonic() + WAIT_S
+    while f"tuneship_requests_waiting {count}.0" not in served.get("/metrics").text:
+        assert time.monotonic() < deadline
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits, and fails if it takes too long."""
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def process(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve` as the command line calls it; yields the process and its URL."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tuneship.recipe import Serve\n"
+        "from tuneship.errors import TuneshipError\nfrom tuneship.serve.server import serve\n"
+        "try:\n    " + "; ".join(arguments) + "\n"
+        "except TuneshipError as error:\n    print(error, file=sys.stderr); sys.exit(error.exit_code)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stderr is not None
+        url = re.search(r"http://127\.0\.0\.1:\d+(?= \()", child.stderr.readline())
+        assert url is not None
+        yield child, url[0]
+    finally:
+        child.kill()
+        child.wait(WAIT_S)
+        child.stderr.close()
