@@ -69,6 +69,14 @@ def call(what: str, request: Callable[[], T], *, sleep: Callable[[float], None] 
                 raise _refused(what, error) from error
         except absent as error:
             failure, retryable = error, isinstance(error, transport)
+        except RuntimeError as error:
+            # What went wrong with a file that is sent is this error's cause.
+            if not isinstance(error.__cause__, (errors.HfHubHTTPError, *transport)):
+                raise
+            failure = error.__cause__
+            retryable = isinstance(failure, transport) or _status(failure) in BUSY
+            if _status(failure) in (401, 403):
+                raise _refused(what, failure) from error
         except errors.HFValidationError as error:
             raise InputError(f"not a name on the Hub: {_short(error)}", where=what) from error
         if not retryable or attempt == ATTEMPTS:
