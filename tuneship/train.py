@@ -374,7 +374,13 @@ def _finish(run: Run, model: LoadedModel, prepared: dict[str, Any], todo: Plan, 
         },
     )
     put_in_place(partial, run.adapter)
-    run.record(base=prepared["base"], code=code, device=_device_name(model.device), tokens_per_second=round(speed, 1))
+    run.record(
+        base=prepared["base"],
+        code=code,
+        device=_device_name(model.device),
+        tokens_per_second=round(speed, 1),
+        **_memory(model),
+    )
     return Trained(str(run.adapter), len(todo), loss, speed)
 
 
