@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,12 @@ def serving() -> Iterator[str]:
                 break
         else:
             raise RuntimeError(f"fake-gcs-server ended with {process.wait()}")
+        # It logs each request: a pipe that nobody reads would fill, and stop it.
+        reader = threading.Thread(target=process.stderr.read)
+        reader.start()
         yield url
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()
+        reader.join()
+        process.stderr.close()

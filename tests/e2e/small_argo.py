@@ -24,7 +24,7 @@ from typing import Any
 from cloud import NAMESPACE, Cloud
 
 ROOT = Path(__file__).resolve().parents[2]
-DEADLINE_S = 120.0
+DEADLINE_S = 45.0
 
 
 @dataclass(frozen=True)

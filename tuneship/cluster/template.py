@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from tuneship.errors import TuneshipError
 from tuneship.recipe import Cluster
 
 ACCELERATOR = "cloud.google.com/gke-accelerator"
@@ -41,6 +42,13 @@ _CONTAINER_SECURITY = {
 }
 _ENVIRONMENT = {"HOME": "/mnt/work", "METAFLOW_SKIP_INSTALL_DEPENDENCIES": "1"}
 _WRITABLE = {"work": "/mnt/work", "tmp": "/tmp"}  # noqa: S108 - an emptyDir of the pod
+
+
+# A trap is not handed down to a subshell; an ignored signal is, to everything below.
+_SIGNALS = (
+    ("flush_mflogs && (", "flush_mflogs && (trap : TERM; ", 1),
+    (">(python -m metaflow.mflog.tee ", ">(trap '' TERM; python -m metaflow.mflog.tee ", 2),
+)
 
 
 def finish(template: dict[str, Any], cluster: Cluster, *, gpu_step: str) -> dict[str, Any]:
@@ -84,11 +92,21 @@ def _harden(pod: dict[str, Any]) -> None:
 def _leave_the_signal_to_the_training(pod: dict[str, Any]) -> None:
     """Argo passes SIGTERM to the whole process group.
 
-    The shell, and the two processes that carry its output to the log, would end at once and take the
-    training with them. They ignore it; the training sets its own handler, saves, and exits with 75.
+    By themselves the shells around the training would end at once, and the two processes that carry
+    its output to the log: the container would be gone before anything is saved. The shells wait, the
+    two ignore it (nobody else: Metaflow ends its own helpers by SIGTERM); the training saves, and
+    exits with 75.
     """
     *shell, script = pod["container"]["command"]
-    pod["container"]["command"] = [*shell, f"trap '' TERM; {script}"]
+    for old, new, times in _SIGNALS:
+        if script.count(old) != times:
+            raise TuneshipError(
+                f"Metaflow compiles another script than the one that is known: {old!r} is not in it {times} times",
+                where="tuneship.cluster.template",
+                fix="install the version of metaflow that requirements/ names",
+            )
+        script = script.replace(old, new)
+    pod["container"]["command"] = [*shell, f"trap : TERM; {script}"]
     pod["podSpecPatch"] = json.dumps({"terminationGracePeriodSeconds": GRACE_S})
 
 
