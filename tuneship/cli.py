@@ -209,8 +209,9 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base is now, if it moved.")] = None,
     engine: Annotated[
-        str, typer.Option(metavar="local|URL", help="`local`, or an OpenAI-compatible engine's address.")
+        str, typer.Option(metavar="local|vllm|URL", help="In this process, vLLM as its child, or one elsewhere.")
     ] = "local",
+    engine_args: Annotated[str, typer.Option(metavar="ARGS", help="More arguments for vLLM, in one string.")] = "",
     engine_key_file: Annotated[Path | None, typer.Option(help="File with the engine's key.")] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the keys that clients may show, one a line.")
@@ -233,7 +234,8 @@ def serve(
         folders,
         settings=Serve.model_validate(settings.model_dump() | changes),
         base=base,
-        engine_url=None if engine == "local" else engine,
+        engine=engine,
+        engine_args=engine_args,
         engine_key_file=engine_key_file,
         api_key_file=api_key_file,
         no_auth=no_auth,
