@@ -71,9 +71,9 @@ def call(what: str, request: Callable[[], T], *, sleep: Callable[[float], None] 
             failure, retryable = error, isinstance(error, transport)
         except RuntimeError as error:
             # What went wrong with a file that is sent is this error's cause.
-            if not isinstance(error.__cause__, (errors.HfHubHTTPError, *transport)):
+            failure = error.__cause__ if isinstance(error.__cause__, Exception) else error
+            if not isinstance(failure, (errors.HfHubHTTPError, *transport)):
                 raise
-            failure = error.__cause__
             retryable = isinstance(failure, transport) or _status(failure) in BUSY
             if _status(failure) in (401, 403):
                 raise _refused(what, failure) from error
