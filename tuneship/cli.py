@@ -123,6 +123,35 @@ def validate(target: Target, overrides: Overrides = None, as_json: AsJson = Fals
 
 
 @app.command()
+def plan(
+    target: Target,
+    overrides: Overrides = None,
+    card_gb: Annotated[
+        float | None, typer.Option("--card-gb", help="Memory of the card; by the recipe's accelerator otherwise.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what training will take of a card's memory, without reading weights."""
+    from tuneship import base, memory
+
+    recipe = _recipe(target, overrides)
+    accelerator = recipe.cluster.accelerator
+    if card_gb is None and accelerator not in memory.CARDS:
+        raise InputError("no card known by that name", where=f"cluster.accelerator: {accelerator}", fix="say --card-gb")
+    card = memory.CARDS[accelerator] if card_gb is None else int(card_gb * 1e9)
+    result = memory.plan(recipe, base.resolve(recipe.model, weights=False).config, card=card)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for name in ("weights", "adapter", "kept", "working", "peak"):
+        print(f"{name:8} {result[f'{name}_bytes'] / 1e9:6.1f} GB")
+    name = accelerator if card_gb is None else "the card"
+    print(f"of {card / 1e9:.0f} GB on {name}, in {result['precision']}")
+    print(f"a pass holds {result['tokens_per_pass']:,} tokens; a layer keeps {result['keep']}")
+    _next(f"tuneship run {target}")
+
+
+@app.command()
 def prepare(
     target: Target, run: RunOption = None, overrides: Overrides = None, fresh: Fresh = False, as_json: AsJson = False
 ) -> None:

@@ -15,12 +15,24 @@ from typing import Any, Self
 from tuneship.errors import InputError
 from tuneship.kernels.gemma2 import Keep, Shape
 from tuneship.kernels.head import CHUNK_BYTES
-from tuneship.recipe import Lora
+from tuneship.recipe import Lora, Recipe
 
 # Bytes of a frozen weight. fp8 holds it twice, for the way forward and back; nf4 with its block scales.
 _WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "fp8": 2.0, "nf4": 0.5 + 1 / 64 * 1.01}
 # AdamW on float32: the weight, its gradient, two moments.
 _ADAPTER_BYTES = 16
+# Of CUDA itself, before the first tensor.
+CONTEXT_BYTES = 600 * 2**20
+# Memory of a card by the value of GKE's node label cloud.google.com/gke-accelerator, in bytes.
+CARDS = {
+    "nvidia-tesla-t4": 16 * 10**9,
+    "nvidia-l4": 24 * 10**9,
+    "nvidia-tesla-a100": 40 * 2**30,
+    "nvidia-a100-80gb": 80 * 2**30,
+    "nvidia-h100-80gb": 80 * 2**30,
+    "nvidia-h100-mega-80gb": 80 * 2**30,
+    "nvidia-h200-141gb": 141 * 10**9,
+}
 # A pass below this many tokens leaves the card waiting for its memory; then a layer keeps less instead.
 _FEW_TOKENS = 4096
 _KEEPS: tuple[Keep, ...] = ("all", "most", "input")
@@ -165,3 +177,39 @@ def _remedy(needs: Needs, longest: int, room: int) -> str:
     if needs.precision != "nf4" and nf4 <= room:
         return f"set model.precision: nf4 (needs {nf4 / 1e9:.1f} GB), or take a larger card"
     return f"take a card of {min(needs.memory(longest, 'input').total, nf4) / _MARGIN / 1e9:.0f} GB or more"
+
+
+def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]:
+    """What training will take of a card: plain values, bytes and tokens.
+
+    Args:
+        card: its memory, in bytes.
+
+    Raises:
+        InputError: the base is no Gemma 2, whose need is not known beforehand; or the card is too small.
+    """
+    if config["model_type"] != "gemma2":
+        raise InputError(
+            f"what a {config['model_type']} needs is not known before it runs; it is for Gemma 2",
+            where="model.model_name_or_path",
+            fix="train a few updates (--set train.max_steps=3); provenance.json has the peak",
+        )
+    precision = "bfloat16" if recipe.model.precision == "auto" else recipe.model.precision
+    needs = Needs.of(config, recipe.lora, precision)
+    train = recipe.train
+    rows = train.tokens_per_batch
+    if not train.packing:
+        rows = min(rows, train.max_length * train.per_device_train_batch_size * train.gradient_accumulation_steps)  # type: ignore[operator]
+    chosen = fit(needs, tokens=rows, longest=train.max_length, free=card - CONTEXT_BYTES)
+    return {
+        "precision": precision,
+        "card_bytes": card,
+        "tokens_per_pass": chosen.tokens,
+        "keep": chosen.keep,
+        "adapter_weights": needs.adapter_weights,
+        "weights_bytes": chosen.memory.weights,
+        "adapter_bytes": chosen.memory.adapter,
+        "kept_bytes": chosen.memory.kept,
+        "working_bytes": chosen.memory.working,
+        "peak_bytes": chosen.memory.total,
+    }
