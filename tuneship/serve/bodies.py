@@ -125,7 +125,7 @@ class _Fields:
             ApiError: a field is left.
         """
         model = self.text("model", "") or None
-        self._left.pop("user", None)
+        self.text("user", "")
         for key, inner in self._left.items():
             if key not in _WITHOUT_EFFECT:
                 raise _bad(f"unknown parameter {key[:64]!r}", key[:64], code="unknown_parameter")
@@ -177,6 +177,9 @@ class _Fields:
         value = self._left.pop(name, None)
         if value is None:
             return None
+        if isinstance(value, float) and value.is_integer():
+            # JSON knows no integers: 32.0 is 32.
+            value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise _bad(f"{name} must be a whole number, not {_kind(value)}", name)
         if not low <= value <= high:
@@ -235,6 +238,7 @@ def _message(value: object, where: str) -> Message:
         content = "\n".join(_text(part.get("text"), f"{where}.content") for part in content)
     if unknown := set(value) - {"role", "content", "name"}:
         raise _bad(f"{where} has an unknown field {min(unknown)[:64]!r}", where, code="unknown_parameter")
+    _text(value.get("name", ""), f"{where}.name")
     return Message(value["role"], _text(content, f"{where}.content"))
 
 

@@ -141,8 +141,9 @@ class Gateway:
             raise ApiError(404, "no such route", code="not_found")
         call.route = path
         method, handler = route
-        if call.scope["method"] != method and not (method == "GET" and call.scope["method"] == "HEAD"):
-            raise ApiError(405, f"{path} is asked with {method}", code="method_not_allowed")
+        allow = "GET, HEAD" if method == "GET" else method
+        if call.scope["method"] not in allow.split(", "):
+            raise ApiError(405, f"{path} is asked with {allow}", code="method_not_allowed", allow=allow)
         if self._local_only and not _names_this_machine(call.headers.get(b"host", b"")):
             raise ApiError(403, "without API keys, only this machine's own names are answered", code="foreign_host")
         if path not in ("/health", "/metrics"):

@@ -26,13 +26,22 @@ class ApiError(Exception):
         code: what a program may branch on.
         param: the field of the request that is wrong.
         retry_after: seconds after which to ask again.
+        allow: of a 405, the methods that would do.
     """
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry_after: int | None = None,
+        allow: str | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.code, self.param, self.retry_after = status, message, code, param, retry_after
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.retry_after, self.allow = retry_after, allow
 
     def body(self) -> bytes:
         """OpenAI's error object."""
@@ -45,6 +54,8 @@ class ApiError(Exception):
         headers = []
         if self.retry_after is not None:
             headers.append((b"retry-after", str(self.retry_after).encode()))
+        if self.allow is not None:
+            headers.append((b"allow", self.allow.encode()))
         if self.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         return headers
