@@ -339,10 +339,10 @@ def test_lock_asks_for_every_image_and_writes_once(hub: Any, tmp_path: Path, mon
     assert json.loads(found.stdout)["without_digest"] == []
     assert render.read_lock(lock) == {f"{hub.name}/library/cuda:12.9": DIGEST}
 
-    before = lock.read_bytes()
+    lock.write_text("r.io/old:1: null\n")
     monkeypatch.setattr(render, "image_names", lambda: [f"{hub.name}/library/cuda:12.9", f"{hub.name}/library/cuda:13"])
     assert isinstance(run(*arguments, "--lock").exception, InputError)
-    assert lock.read_bytes() == before, "all of them or none"
+    assert render.read_lock(lock) == {"r.io/old:1": None}, "all of them or none"
 
 
 @pytest.mark.parametrize("text", ["a: [", "- a", "r.io/a:1: sha256:12\n", "r.io/a:1: latest\n", ""])
