@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tuneship.console import say
+
+if TYPE_CHECKING:
+    from tuneship.cluster.outputs import Outputs
 
 app = typer.Typer()
 
@@ -131,3 +134,161 @@ def deploy(
     if as_json:
         print(served.model_dump_json())
     say(f"next: kubectl --namespace {built.serving_k8s_namespace} port-forward svc/llm-service 8000:8000")
+
+
+TerraformFolder = Annotated[
+    Path | None,
+    typer.Option("--terraform", metavar="DIR", help="Terraform's files; infra/terraform here, or the package's."),
+]
+VariablesFile = Annotated[str, typer.Option("--var-file", metavar="FILE", help="The variables' values.")]
+Project = Annotated[str | None, typer.Option("--project", metavar="ID", help="Instead of the file's project_id.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands, and run none.")]
+FlowConfig = Annotated[
+    Path, typer.Option("--config", metavar="FILE", help="The flow's config, in which the image is recorded.")
+]
+
+
+@app.command()
+def up(
+    folder: TerraformFolder = None,
+    variables: VariablesFile = "default_env.tfvars",
+    project: Project = None,
+    outputs: Annotated[Path, typer.Option("--outputs", metavar="FILE", help="Where the outputs go.")] = Path(
+        "outputs.json"
+    ),
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Build cluster, database, bucket, registry and Argo with Terraform; the plan is shown first."""
+    from tuneship.cluster import terraform
+
+    confirm = (lambda _: True) if yes else terraform.ask
+    terraform.up(terraform.Terraform(folder or terraform.folder(), variables, project, dry_run), outputs, confirm)
+    say("next: tuneship connect, and in another terminal: tuneship image, then tuneship render")
+
+
+@app.command()
+def connect(
+    outputs: OutputsFile = "outputs.json",
+    profile: Annotated[
+        str | None, typer.Option("--profile", metavar="NAME", help="Write config_NAME.json, for METAFLOW_PROFILE=NAME.")
+    ] = None,
+    forward: Annotated[bool, typer.Option("--forward/--no-forward", help="Keep port-forwards running.")] = True,
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Point kubectl and Metaflow at the cluster, and keep port-forwards to its services alive."""
+    import shlex
+    import threading
+
+    from tuneship.cluster import commands, terraform
+    from tuneship.cluster import connect as connection
+
+    built = _built(outputs)
+    if not dry_run:
+        commands.need("gcloud", "kubectl", "gke-gcloud-auth-plugin")
+    terraform.point_kubectl(built, dry_run=dry_run)
+    confirm = (lambda _: True) if yes else terraform.ask
+    connection.write_profile(built, connection.profile_file(profile), confirm, dry_run=dry_run)
+    wanted = connection.forwards(built)
+    if dry_run or not forward:
+        for one in wanted:
+            say(f"$ {shlex.join(one.argv)}")
+        return
+    say("the UI: http://localhost:8083   Argo: https://localhost:2746   ctrl-C ends the port-forwards")
+    try:
+        connection.keep_alive(wanted, threading.Event())
+    except KeyboardInterrupt:
+        say("the port-forwards are ended")
+
+
+@app.command()
+def image(
+    outputs: OutputsFile = "outputs.json",
+    config: FlowConfig = Path("finetune_flow_config.json"),
+    dry_run: DryRun = False,
+) -> None:
+    """Build the pods' image with Cloud Build, and record its digest in the flow's config."""
+    from tuneship.cluster import image as images
+
+    print(images.image(_built(outputs), config, dry_run=dry_run))
+    say("next: tuneship submit gemma2-9b-a100")
+
+
+@app.command()
+def submit(
+    target: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's file or name.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key. Repeatable.")
+    ] = None,
+    config: FlowConfig = Path("finetune_flow_config.json"),
+    watch: Annotated[bool, typer.Option("--watch", help="Watch it until it ends.")] = False,
+    namespace: Annotated[str, typer.Option(help="Argo's namespace.")] = "argo",
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe on the cluster: its WorkflowTemplate is created, and a workflow of it started."""
+    import os
+
+    from tuneship import recipe
+    from tuneship.cluster import argo
+    from tuneship.cluster import watch as watching
+
+    resolved = argo.with_image(recipe.load(target, overrides=overrides or (), environ=os.environ), config)
+    name = argo.submit(resolved, dry_run=dry_run)
+    print(json.dumps({"workflow": name, "run": f"argo-{name}"}) if as_json else name)
+    if watch and not dry_run:
+        watching.watch(name, namespace)
+    say(f"next: tuneship watch {name}")
+
+
+@app.command()
+def watch(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The workflow's name, as submit printed it.")],
+    namespace: Annotated[str, typer.Option(help="Argo's namespace.")] = "argo",
+) -> None:
+    """Watch a run on the cluster: its steps, the wait for a GPU, the loss. ctrl-C leaves it alone."""
+    from tuneship.cluster import watch as watching
+
+    watching.watch(run, namespace)
+
+
+@app.command()
+def down(
+    folder: TerraformFolder = None,
+    variables: VariablesFile = "default_env.tfvars",
+    project: Project = None,
+    outputs: OutputsFile = "outputs.json",
+    yes: Yes = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Destroy everything that `up` built, the bucket too; then look whether anything billable is left."""
+    from tuneship.cluster import terraform
+
+    built = _built(outputs) if outputs == "-" or Path(outputs).is_file() else None
+    confirm = (lambda _: True) if yes else terraform.ask
+    terraform.down(terraform.Terraform(folder or terraform.folder(), variables, project, dry_run), built, confirm)
+
+
+@app.command()
+def doctor(outputs: OutputsFile = "outputs.json", as_json: AsJson = False) -> None:
+    """Say what is missing here for the GKE path, and the command that mends it."""
+    from dataclasses import asdict
+
+    from tuneship import doctor as doctors
+
+    checks = doctors.doctor(_built(outputs) if outputs == "-" or Path(outputs).is_file() else None)
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks]))
+    else:
+        print("\n".join(doctors.table(checks)))
+    if not all(check.ok for check in checks):
+        raise doctors.missing(checks)
+
+
+def _built(outputs: str) -> Outputs:
+    """What Terraform built, from a file or from stdin."""
+    from tuneship.cluster import outputs as terraform
+
+    return terraform.read(sys.stdin.read() if outputs == "-" else Path(outputs))
