@@ -1,8 +1,8 @@
 """Deadlines on the connection itself, where an ASGI program cannot reach.
 
-uvicorn waits for a request's head for as long as the client likes, and for a reader who takes
-nothing as well. Here a connection is cut when a head does not arrive in time, when nothing that is
-ready to be read is taken for some time, and when there are too many of them.
+uvicorn waits for a request's head for as long as the client likes and whatever its size, and for a
+reader who takes nothing as well. Here a connection is cut when a head does not arrive in time or does
+not end, when nothing that is ready to be read is taken for some time, and when there are too many of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import socket
 from typing import Any
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+# A key, a request id and what a proxy adds are a few hundred.
+_HEAD_BYTES = 2**16
 
 
 def protocol(*, head_s: float, stall_s: float, most: int) -> type[asyncio.Protocol]:
@@ -25,6 +28,7 @@ def protocol(*, head_s: float, stall_s: float, most: int) -> type[asyncio.Protoc
 
     class Guarded(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         _head: asyncio.TimerHandle | None = None
+        _head_bytes = 0
         _stall: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
@@ -38,7 +42,11 @@ def protocol(*, head_s: float, stall_s: float, most: int) -> type[asyncio.Protoc
             super().data_received(data)
             if self.cycle is not None and not self.cycle.response_complete:
                 _off(self._head)
-                self._head = None
+                self._head, self._head_bytes = None, 0
+                return
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self.transport.abort()
             elif self._head is None:
                 self._head = self.loop.call_later(head_s, self.transport.abort)
 
