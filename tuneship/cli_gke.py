@@ -165,7 +165,7 @@ def up(
 
     confirm = (lambda _: True) if yes else terraform.ask
     terraform.up(terraform.Terraform(folder or terraform.folder(), variables, project, dry_run), outputs, confirm)
-    say("next: tuneship connect, and in another terminal: tuneship image, then tuneship render")
+    say("next: tuneship connect --no-forward; tuneship image; tuneship render; then tuneship connect, left running")
 
 
 @app.command()

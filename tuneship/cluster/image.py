@@ -21,6 +21,9 @@ from tuneship.errors import InputError, OutsideError
 from tuneship.journal import code_facts, read_json, write_json
 
 NAME = "tuneship"
+
+# Of a checkout; the folder of the installed packages otherwise.
+_ROOT = Path(tuneship.__file__).parent.parent
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "_share")
 
 
@@ -54,17 +57,16 @@ def image(built: Outputs, config: Path, *, dry_run: bool = False) -> str:
 
 def tag() -> str:
     """The commit of a clean checkout; otherwise a digest of the code."""
-    root = Path(tuneship.__file__).parent.parent
 
     def git(*arguments: str) -> str | None:
         try:
-            done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=False)
         except FileNotFoundError:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     parts = ("tuneship", "recipes", "image")
-    if (root / "image" / "Dockerfile").is_file() and git("status", "--porcelain", "--", *parts) == "":
+    if (_ROOT / "image" / "Dockerfile").is_file() and git("status", "--porcelain", "--", *parts) == "":
         commit = git("rev-parse", "--short=12", "HEAD")
         if commit:
             return commit
@@ -92,23 +94,28 @@ def _digest(named: str, built: Outputs) -> str | None:
 
 
 def _build(built: Outputs, named: str, *, dry_run: bool) -> None:
+    account = f"projects/{built.project_id}/serviceAccounts/{built.build_service_account_email}"
+    options = [
+        *["--project", built.project_id, "--region", built.region],
+        *["--service-account", account, "--gcs-source-staging-dir", built.build_source_uri],
+        *["--substitutions", f"_REGISTRY={built.image_registry_url},_TAG={named.rpartition(':')[2]}"],
+    ]
+    if (_ROOT / "image").is_dir():
+        ignored = ["--ignore-file", str(_ROOT / "image" / ".gcloudignore")]
+        _submit(_ROOT, [*ignored, *options], dry_run=dry_run)
+        return
     with tempfile.TemporaryDirectory() as scratch:
-        context = Path(scratch) / "context"
-        if not dry_run:
-            lay_out(context)
-        account = f"projects/{built.project_id}/serviceAccounts/{built.build_service_account_email}"
-        change(
-            *["gcloud", "builds", "submit", str(context), "--config", str(context / "image" / "cloudbuild.yaml")],
-            *["--project", built.project_id, "--region", built.region],
-            *["--service-account", account, "--gcs-source-staging-dir", built.build_source_uri],
-            *["--substitutions", f"_REGISTRY={built.image_registry_url},_TAG={named.rpartition(':')[2]}"],
-            dry_run=dry_run,
-        )
+        lay_out(Path(scratch))
+        _submit(Path(scratch), options, dry_run=dry_run)
+
+
+def _submit(context: Path, options: list[str], *, dry_run: bool) -> None:
+    config = context / "image" / "cloudbuild.yaml"
+    change("gcloud", "builds", "submit", str(context), "--config", str(config), *options, dry_run=dry_run)
 
 
 def lay_out(context: Path) -> None:
-    """The build's context, from a checkout or an installed package: image/, recipes/, tuneship/."""
-    share = recipe.share()
+    """The build's context out of an installed package, as a checkout has it: image/, recipes/, tuneship/."""
     for part in ("image", "recipes"):
-        shutil.copytree(share / part, context / part, ignore=_IGNORED)
-    shutil.copytree(Path(tuneship.__file__).parent, context / "tuneship", ignore=_IGNORED)
+        shutil.copytree(recipe.share() / part, context / part, ignore=_IGNORED)
+    shutil.copytree(_ROOT / "tuneship", context / "tuneship", ignore=_IGNORED)

@@ -1,0 +1,121 @@
+"""connect and image: the profile, port-forwards that die and come back, the digest that is recorded."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import fake_tools
+import pytest
+from zygote import until
+
+from tuneship.cluster import image as images
+from tuneship.cluster import outputs
+from tuneship.cluster.connect import Forward, forwards, keep_alive, profile, write_profile
+from tuneship.errors import InputError, OutsideError
+
+BUILT = outputs.read(Path(__file__).parents[2] / "infra" / "example-outputs.json")
+DIGEST = "sha256:" + "ab" * 32
+
+
+def no(_: str) -> bool:
+    return False
+
+
+def test_the_profile_is_the_tutorials() -> None:
+    names = "DEFAULT_METADATA SERVICE_URL SERVICE_INTERNAL_URL DEFAULT_DATASTORE DATASTORE_SYSROOT_GS"
+    names += " KUBERNETES_NAMESPACE KUBERNETES_SERVICE_ACCOUNT KUBERNETES_DISK"
+    assert list(profile(BUILT)) == [f"METAFLOW_{name}" for name in names.split()]
+    assert profile(BUILT)["METAFLOW_SERVICE_INTERNAL_URL"] == "http://metaflow-metadata-svc.metaflow:8080/"
+
+
+def test_another_profile_is_never_written_over_without_asking(tmp_path: Path) -> None:
+    file = tmp_path / "home" / "config.json"
+    write_profile(BUILT, file, no)
+    assert json.loads(file.read_text()) == profile(BUILT)
+    write_profile(BUILT, file, no)
+
+    file.write_text('{"METAFLOW_DEFAULT_DATASTORE": "s3"}')
+    with pytest.raises(InputError, match="left alone"):
+        write_profile(BUILT, file, no)
+    write_profile(BUILT, file, no, dry_run=True)
+    assert file.read_text() == '{"METAFLOW_DEFAULT_DATASTORE": "s3"}'
+    write_profile(BUILT, file, lambda _: True)
+    assert json.loads(file.read_text()) == profile(BUILT)
+
+
+def test_port_forwards_that_die_are_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = fake_tools.install(tmp_path, monkeypatch, "kubectl")
+    for _ in range(3):
+        tools.answer("svc/argo-server", err="error: lost connection to pod\n", code=1)
+    tools.answer("svc/argo-server", stay=True)
+    tools.answer("svc/metaflow-ui-svc", stay=True)
+    stop = threading.Event()
+
+    def end_it() -> None:
+        until(lambda: sum("argo-server" in call for call in tools.calls) == 4 and len(tools.calls) == 5)
+        stop.set()
+
+    watcher = threading.Thread(target=end_it)
+    watcher.start()
+    keep_alive([Forward("argo", "argo-server", 2746), Forward("metaflow", "metaflow-ui-svc", 8083)], stop, pause_s=0.01)
+    watcher.join()
+    assert tools.calls.count("kubectl --namespace argo port-forward svc/argo-server 2746:2746") == 4
+    assert tools.calls.count("kubectl --namespace metaflow port-forward svc/metaflow-ui-svc 8083:8083") == 1
+    said = capsys.readouterr().err
+    assert "argo-server: error: lost connection to pod; again\n" in said
+    assert "again in 0.01 s" in said and "again in 0.02 s" in said
+
+
+def test_a_taken_port_ends_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = fake_tools.install(tmp_path, monkeypatch, "kubectl")
+    tools.answer("8080:8080", err="unable to listen on port 8080: … bind: address already in use\n", code=1)
+    tools.answer("port-forward", stay=True)
+    with pytest.raises(OutsideError, match="port 8080 is taken") as caught:
+        keep_alive(forwards(BUILT), threading.Event())
+    assert "lsof -i :8080" in caught.value.fix
+
+
+def images_of(tag: str) -> str:
+    package = f"{BUILT.image_registry_url}/tuneship"
+    other = {"package": f"{BUILT.image_registry_url}/metaflow-metadata", "tags": [tag], "version": "sha256:0"}
+    return json.dumps([other, {"package": package, "tags": ["older", tag], "version": DIGEST}])
+
+
+def test_an_image_is_built_once_and_recorded_by_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tag = images.tag()
+    tools = fake_tools.install(tmp_path, monkeypatch, "gcloud")
+    monkeypatch.setattr(images, "tag", lambda: tag)
+    tools.answer("images list", out="[]")
+    tools.answer("images list", out=images_of(tag))
+    config = tmp_path / "finetune_flow_config.json"
+    config.write_text('{"new_model": "mine"}')
+    pinned = f"{BUILT.image_registry_url}/tuneship@{DIGEST}"
+    assert images.image(BUILT, config) == pinned
+    assert json.loads(config.read_text()) == {"new_model": "mine", "image_name": pinned}
+    builds = [call for call in tools.calls if "builds submit" in call]
+    assert len(builds) == 1 and f"_TAG={tag}" in builds[0] and BUILT.build_service_account_email in builds[0]
+
+    assert images.image(BUILT, config) == pinned
+    assert sum("builds submit" in call for call in tools.calls) == 1, "what is there is not built again"
+
+
+def test_a_build_that_fails_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = fake_tools.install(tmp_path, monkeypatch, "gcloud")
+    tools.answer("images list", out="[]")
+    said = "ERROR: (gcloud.builds.submit) You do not currently have an active account selected.\n"
+    tools.answer("builds submit", err=said, code=1)
+    with pytest.raises(OutsideError, match="gcloud is not logged in") as caught:
+        images.image(BUILT, tmp_path / "config.json")
+    assert caught.value.fix == "gcloud auth login"
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_the_context_of_an_installed_package_is_that_of_a_checkout(tmp_path: Path) -> None:
+    images.lay_out(tmp_path)
+    assert {"image/Dockerfile", "recipes/tiny.yaml", "tuneship/flow.py"} <= {
+        file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*")
+    }

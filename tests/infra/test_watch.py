@@ -1,0 +1,117 @@
+"""watch: what is said of a workflow as it goes, and what its end becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import fake_tools
+import pytest
+
+from tuneship.cluster.watch import watch
+from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
+
+
+def workflow(phase: str, *nodes: dict[str, Any]) -> str:
+    return json.dumps(
+        {"status": {"phase": phase, "nodes": {node["id"]: node for node in nodes}, "message": "child failed"}}
+    )
+
+
+def node(step: str, phase: str, message: str = "", code: str = "", attempt: int = 0) -> dict[str, Any]:
+    return {
+        "id": f"tiny-abc-{step}{attempt}",
+        "displayName": f"{step}({attempt})",
+        "templateName": step,
+        "type": "Pod",
+        "phase": phase,
+        "message": message,
+        "startedAt": f"2026-11-25T00:00:0{attempt}Z",
+        "outputs": {"exitCode": code} if code else {},
+    }
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fake_tools.Tools:
+    made = fake_tools.install(tmp_path, monkeypatch, "kubectl")
+    pods = [
+        {
+            "metadata": {
+                "name": f"tiny-abc-train-1{n}",
+                "annotations": {"workflows.argoproj.io/node-id": f"tiny-abc-train{n}"},
+            }
+        }
+        for n in (0, 1)
+    ]
+    made.answer("kubectl get pods", out=json.dumps({"items": pods}))
+    return made
+
+
+def test_steps_the_wait_for_a_gpu_and_the_loss_are_said_once(
+    tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits = node("train", "Pending", "Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+    for state in (waits, waits, node("train", "Running"), node("train", "Succeeded")):
+        ended = state["phase"] == "Succeeded"
+        tools.answer("kubectl get workflow", out=workflow("Succeeded" if ended else "Running", state))
+    tools.answer("kubectl logs", out="updates 10/20  loss 1.234\nupdates 20/20  loss 0.567\n")
+    watch("argo-tiny-abc", "argo", every_s=0.01)
+    said = capsys.readouterr().err.splitlines()
+    # The pod's own lines come between, when they come.
+    steps = [line for line in said[1:] if "|" not in line]
+    assert steps == [
+        "train(0): waits for a GPU node (Unschedulable: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.)",
+        "train(0): running",
+        "train(0): succeeded",
+        "tiny-abc: succeeded",
+    ]
+    lines = [line for line in said if "|" in line]
+    assert lines == ["train(0) | updates 10/20  loss 1.234", "train(0) | updates 20/20  loss 0.567"]
+    assert "kubectl --namespace argo logs --follow --container=main tiny-abc-train-10" in tools.calls
+
+
+def test_a_token_in_a_log_is_not_shown(tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl get workflow", out=workflow("Succeeded", node("train", "Succeeded")))
+    tools.answer("kubectl logs", out="using hf_abcdefghijklmnop\n")
+    watch("tiny-abc", "argo", every_s=0.01)
+    said = capsys.readouterr().err
+    assert "using [redacted]" in said and "hf_abc" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "kind", "what"),
+    [
+        ("2", "Error (exit code 2)", InputError, "the step train failed: Error (exit code 2)"),
+        ("3", "Error (exit code 3)", OutsideError, "exit code 3"),
+        ("4", "Error (exit code 4)", GateError, "exit code 4"),
+        ("137", "OOMKilled (exit code 137)", TuneshipError, "raise cluster.memory_mb"),
+        ("", "pod deleted", TuneshipError, "pod deleted"),
+    ],
+)
+def test_a_failed_step_becomes_the_error_that_its_exit_code_means(
+    tools: fake_tools.Tools, code: str, message: str, kind: type[TuneshipError], what: str
+) -> None:
+    failed = node("train", "Failed", message, code)
+    tools.answer("kubectl get workflow", out=workflow("Failed", node("prepare", "Succeeded"), failed))
+    with pytest.raises(kind) as caught:
+        watch("tiny-abc", "argo", every_s=0.01)
+    assert type(caught.value) is kind and what in caught.value.what
+    assert "workflows.argoproj.io/workflow=tiny-abc" in caught.value.fix
+
+
+def test_a_run_that_is_not_there(tools: fake_tools.Tools) -> None:
+    said = 'Error from server (NotFound): workflows.argoproj.io "nix" not found\n'
+    tools.answer("kubectl get workflow", err=said, code=1)
+    with pytest.raises(InputError, match="there is no such run") as caught:
+        watch("nix", "argo")
+    assert "get workflows" in caught.value.fix
+
+
+def test_no_cluster(tools: fake_tools.Tools) -> None:
+    said = "Unable to connect to the server: dial tcp: lookup gke-x.gke.goog: no such host\n"
+    tools.answer("kubectl get workflow", err=said, code=1)
+    with pytest.raises(OutsideError, match="kubectl reaches no cluster") as caught:
+        watch("tiny-abc", "argo")
+    assert caught.value.fix == "tuneship connect"
