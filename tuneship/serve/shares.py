@@ -114,7 +114,7 @@ class Shares:
 
     async def metrics(self) -> bytes:
         """See `Engine`."""
-        pass
+        self._renew()
         total = sum(self._split.shares.values())
         for name, share in self._split.shares.items():
             self._share.labels(name).set(share / total)
@@ -122,7 +122,7 @@ class Shares:
 
     async def generate(self, wanted: Wanted, usage: Usage) -> AsyncGenerator[list[Piece], None]:
         """See `Engine`."""
-        pass
+        self._renew()
         if wanted.model == self.model:
             shares = self._split.shares
             wanted = replace(wanted, model=self._draw.choices(list(shares), weights=list(shares.values()))[0])
