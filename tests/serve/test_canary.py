@@ -7,6 +7,7 @@ executed in a pod against that pod's gateway. Time passes by requests: each wait
 from __future__ import annotations
 
 import random
+import shutil
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import ExitStack
@@ -21,9 +22,9 @@ from gateway_kit import Running, StubContract, StubEngine, running
 from made_run import another, make_run, name
 
 from tuneship.cluster import deploy as deployment
-from tuneship.cluster import outputs
+from tuneship.cluster import outputs, trial
 from tuneship.cluster.deploy import Target, deploy, promote, roll_back
-from tuneship.errors import GateError
+from tuneship.errors import GateError, OutsideError
 from tuneship.serve.engine import Piece, Usage, Wanted
 from tuneship.serve.shapes import ApiError
 from tuneship.serve.shares import Shares
@@ -59,13 +60,15 @@ class Cluster:
         self.engines: list[Engine] = []
         self.gateways: list[Running] = []
 
-    def start(self, stack: ExitStack, *, bad: str = "") -> None:
-        """Serves the old run, by two gateways that have both adapters."""
+    def start(self, stack: ExitStack, *, bad: str = "", mounted: Path | None = None) -> None:
+        """Serves the old run, by two gateways that have both adapters and read their shares where they are mounted."""
         deploy(str(self.old), self.target)
+        if mounted is not None:
+            shutil.copyfile(self.kubectl.shares_file, mounted)
         names = (name(self.old), name(self.new))
         for number in range(len(PODS)):
             engine = Engine(names, bad)
-            shared = Shares(engine, self.kubectl.shares_file, names, random.Random(number))
+            shared = Shares(engine, mounted or self.kubectl.shares_file, names, random.Random(number))
             contracts: dict[str, Any] = {each: StubContract() for each in (*names, "sql")}
             self.engines.append(engine)
             self.gateways.append(stack.enter_context(running(shared, contracts=contracts)))
@@ -195,3 +198,30 @@ def test_each_adapter_can_be_asked_by_its_own_name(cluster: Cluster, stack: Exit
     assert models == ["sql", name(cluster.old), name(cluster.new)]
     assert cluster.gateways[0].post("/v1/completions", {"model": name(cluster.new), "prompt": "x"}).status_code == 200
     assert cluster.answered() == {name(cluster.new): 1}
+
+
+def test_a_change_is_done_when_every_pod_has_it(cluster: Cluster, stack: ExitStack, tmp_path: Path) -> None:
+    mounted = tmp_path / "mounted.json"
+    cluster.start(stack, mounted=mounted)
+    deploy(str(cluster.new), cluster.target)
+    waits = []
+
+    def kubelet(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            shutil.copyfile(cluster.kubectl.shares_file, mounted)
+
+    roll_back(cluster.target, sleep=kubelet)
+    assert len(waits) == 3
+
+
+def test_a_change_that_never_comes_is_told(
+    cluster: Cluster, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trial, "SETTLES_WITHIN_S", 10)
+    cluster.start(stack, mounted=tmp_path / "mounted.json")
+    deploy(str(cluster.new), cluster.target)
+    # No pod is left that could say so.
+    cluster.kubectl.configure()
+    with pytest.raises(OutsideError, match="have not taken over the new shares"):
+        roll_back(cluster.target, sleep=lambda seconds: None)

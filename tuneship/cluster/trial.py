@@ -23,6 +23,8 @@ from tuneship.console import say
 from tuneship.errors import OutsideError
 
 LOOKS_EVERY_S = 15.0
+# The kubelet brings a ConfigMap within two minutes.
+SETTLES_WITHIN_S = 300.0
 # What a canary may have more than the other: errors as a share of requests, and time as a factor.
 MORE_ERRORS = 0.01
 SLOWER = 1.25
@@ -113,13 +115,13 @@ def watch(
 
 
 def settled(kubectl: Kubectl, served: Served, *, sleep: Callable[[float], None] = time.sleep) -> None:
-    """Waits until every gateway has the record's shares: the kubelet brings a ConfigMap within two minutes.
+    """Waits until every gateway has the record's shares.
 
     Raises:
-        OutsideError: they have not, after five.
+        OutsideError: they have not, after a while.
     """
     wanted = {name: share / 100 for name, share in served.shares.items()}
-    for _ in range(60):
+    for _ in range(round(SETTLES_WITHIN_S / 5)):
         shares = [_shares(kubectl.read("exec", pod, *_INSIDE)) for pod in pods(kubectl)]
         if shares and all(found == wanted for found in shares):
             return
