@@ -43,7 +43,7 @@ from tuneship.cluster import kept, template
 from tuneship.cluster.kept import Kept
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.journal import Run, open_run, read_json, write_json
-from tuneship.recipe import Cluster, Recipe
+from tuneship.recipe import Recipe
 
 # A file to which the error that ended a step is written, for whoever started the flow.
 ERROR_FILE = "TUNESHIP_ERROR_FILE"
@@ -97,25 +97,10 @@ class pods(FlowMutator):
         for name, mutable_step in mutable_flow.steps:
             wants: dict[str, Any] = {"image": cluster.image, "qos": "Guaranteed", **SMALL_POD}
             if name == GPU_STEP:
-                wants |= _gpu_pod(cluster)
+                wants |= template.gpu_pod(cluster)
             if name in SECRET_STEPS:
                 wants["secrets"] = list(cluster.secrets)
             mutable_step.add_decorator("kubernetes", deco_kwargs=wants)
-
-
-def _gpu_pod(cluster: Cluster) -> dict[str, Any]:
-    """What @kubernetes says of the training pod; of several accelerators, cluster.template says which."""
-    wants: dict[str, Any] = {"cpu": cluster.cpu, "memory": cluster.memory_mb, "disk": cluster.disk_mb}
-    selector = {}
-    if cluster.gpu:
-        wants["gpu"] = cluster.gpu
-        if not cluster.accelerator_fallbacks:
-            selector[template.ACCELERATOR] = cluster.accelerator
-    if cluster.spot:
-        selector[template.SPOT] = "true"
-        # Autopilot adds it by itself; a tainted pool of a Standard cluster wants to be told.
-        wants["tolerations"] = [{"key": template.SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
-    return {**wants, "node_selector": selector}
 
 
 _compile = ArgoWorkflows._compile_workflow_template

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cloud import NAMESPACE, Cloud
+from small_cloud import NAMESPACE, Cloud
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 45.0

@@ -2,7 +2,7 @@
 
     python -m pytest tests/e2e/test_argo.py
 
-Created on a small cloud of loopback servers (`cloud.py`), executed by `small_argo.py`. Shown: the
+Created on a small cloud of loopback servers (`small_cloud.py`), executed by `small_argo.py`. Shown: the
 run ends, its artifacts and its card read back through Metaflow's client, the adapter lies in the
 bucket. Killed in the middle of training, it goes on from the last checkpoint and does no update
 twice; its losses are those of a run that nobody disturbed.
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cloud import BUCKET, Cloud, serving
 from samples import make_gemma2, sql_rows, tiny_recipe, write_rows
 from small_argo import ROOT, Attempt, Pod, mounts_work, run
+from small_cloud import BUCKET, Cloud, serving
 
 pytestmark = pytest.mark.skipif(
     not mounts_work(), reason="a pod needs mounts of its own: run as root, or allow user namespaces"

@@ -9,7 +9,8 @@
     installs       none at a pod's start; the image has all of it
 
 `finish` is a pure function on the WorkflowTemplate's JSON. tuneship.flow calls it wherever Metaflow
-compiles one: `argo-workflows create` and `tuneship submit` deploy the same.
+compiles one: `argo-workflows create` and `tuneship submit` deploy the same. `gpu_pod` is what the
+decorators do have words for.
 """
 
 from __future__ import annotations
@@ -49,6 +50,21 @@ _SIGNALS = (
     ("flush_mflogs && (", "flush_mflogs && (trap : TERM; ", 1),
     (">(python -m metaflow.mflog.tee ", ">(trap '' TERM; python -m metaflow.mflog.tee ", 2),
 )
+
+
+def gpu_pod(cluster: Cluster) -> dict[str, Any]:
+    """What Metaflow's @kubernetes is told of the training pod; of several accelerators, `finish` says which."""
+    wants: dict[str, Any] = {"cpu": cluster.cpu, "memory": cluster.memory_mb, "disk": cluster.disk_mb}
+    selector = {}
+    if cluster.gpu:
+        wants["gpu"] = cluster.gpu
+        if not cluster.accelerator_fallbacks:
+            selector[ACCELERATOR] = cluster.accelerator
+    if cluster.spot:
+        selector[SPOT] = "true"
+        # Autopilot adds it by itself; a tainted pool of a Standard cluster wants to be told.
+        wants["tolerations"] = [{"key": SPOT, "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
+    return {**wants, "node_selector": selector}
 
 
 def finish(template: dict[str, Any], cluster: Cluster, *, gpu_step: str) -> dict[str, Any]:

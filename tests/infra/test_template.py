@@ -1,0 +1,241 @@
+"""The WorkflowTemplate that Metaflow's own commands deploy: what is in it, and what `submit` does around them.
+
+Created for real, against a small cloud on loopback; tests/e2e/test_argo.py executes one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fake_tools
+import pytest
+from hera.workflows.models import WorkflowTemplate
+from small_cloud import Cloud, serving
+
+from tuneship import recipe as recipes
+from tuneship.cluster import argo, template
+from tuneship.cluster.kept import place
+from tuneship.errors import InputError, OutsideError, TuneshipError
+from tuneship.recipe import Cluster
+
+ROOT = Path(__file__).parents[2]
+IMAGE = "us-docker.pkg.dev/my-project/metaflow-tutorial-tf/finetune@sha256:" + "0" * 64
+CANARY = "hf_canary0000000000000000"
+
+
+@pytest.fixture(scope="module")
+def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with serving(tmp_path_factory.mktemp("cloud")) as started:
+        yield started
+
+
+def metaflow(cloud: Cloud, *arguments: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, str(ROOT / "tuneship" / "flow.py"), *arguments]
+    return subprocess.run(
+        argv, env=cloud.environment | {"HF_TOKEN": CANARY}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of the tutorial's config file, by the tutorial's command."""
+    config = tmp_path_factory.mktemp("flow") / "finetune_flow_config.json"
+    config.write_text(json.dumps({"image_name": IMAGE, "new_model": "finetunned-gemma2-9b"}))
+    done = metaflow(cloud, "--config", "config", str(config), "argo-workflows", "create")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cloud.template("finetuneflow")
+
+
+def steps(compiled: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {entry["name"]: entry for entry in compiled["spec"]["templates"] if "container" in entry}
+
+
+def test_argos_own_models_accept_it(compiled: dict[str, Any]) -> None:
+    WorkflowTemplate.model_validate(compiled)
+
+
+def test_one_pod_asks_for_a_gpu(compiled: dict[str, Any]) -> None:
+    asking = {
+        name: entry["container"]["resources"]["limits"]["nvidia.com/gpu"]
+        for name, entry in steps(compiled).items()
+        if "nvidia.com/gpu" in entry["container"]["resources"]["limits"]
+    }
+    assert asking == {"train": "1"}
+    assert {name: entry["nodeSelector"] for name, entry in steps(compiled).items() if entry.get("nodeSelector")} == {
+        "train": {"cloud.google.com/gke-accelerator": "nvidia-tesla-a100"}
+    }
+    assert steps(compiled)["train"]["container"]["resources"]["requests"] == {
+        "cpu": "8.0",
+        "memory": "49152M",
+        "ephemeral-storage": "81920M",
+    }
+
+
+def test_retries_are_for_what_may_be_better_the_next_time(compiled: dict[str, Any]) -> None:
+    strategies = {name: entry["retryStrategy"] for name, entry in steps(compiled).items() if "retryStrategy" in entry}
+    assert {name: strategy["limit"] for name, strategy in strategies.items()} == {
+        "prepare": 2,
+        "train": 4,
+        "evaluate": 2,
+        "publish": 2,
+    }
+    assert {strategy["expression"] for strategy in strategies.values()} == {
+        "asInt(lastRetry.exitCode) != 2 && asInt(lastRetry.exitCode) != 4 && asInt(lastRetry.exitCode) != 202"
+    }
+
+
+def test_every_pod_is_restricted_on_a_read_only_root(compiled: dict[str, Any]) -> None:
+    assert compiled["spec"]["securityContext"] == {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert len(steps(compiled)) == 7, "six steps, and the hook that tells why a run failed"
+    for name, entry in steps(compiled).items():
+        container = entry["container"]
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }, name
+        mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        assert {"/mnt/work", "/tmp"} <= mounts.keys()
+        assert {volume["name"] for volume in entry["volumes"] if "emptyDir" in volume} >= set(mounts.values())
+        assert container["workingDir"] == "/mnt/work"
+        assert container["image"] == IMAGE
+        assert {"name": "METAFLOW_SKIP_INSTALL_DEPENDENCIES", "value": "1"} in container["env"]
+        assert entry["serviceAccountName"] == "metaflow-argo"
+
+
+def test_the_training_has_time_to_save(compiled: dict[str, Any]) -> None:
+    train = steps(compiled)["train"]
+    assert json.loads(train["podSpecPatch"]) == {"terminationGracePeriodSeconds": 60}
+    script = train["container"]["command"][-1]
+    assert script.startswith("trap : TERM; ") and script.count("trap '' TERM") == 2
+
+
+def test_secrets_are_named_and_never_in_it(cloud: Cloud, compiled: dict[str, Any]) -> None:
+    named = {name: [s["secretRef"]["name"] for s in e["container"]["envFrom"]] for name, e in steps(compiled).items()}
+    assert {name for name, secrets in named.items() if secrets} == {"prepare", "train", "publish"}
+    assert named["train"] == ["hf-token"]
+    assert CANARY not in json.dumps(compiled)
+
+
+def test_the_tutorials_config_is_read(cloud: Cloud) -> None:
+    program = "import json, sys; from tuneship.flow import read_config; print(json.dumps(read_config(sys.argv[1])))"
+
+    def read(text: str) -> subprocess.CompletedProcess[str]:
+        # In a process of its own: importing Metaflow here would warn, and stay.
+        argv = [sys.executable, "-c", program, text]
+        return subprocess.run(argv, env=cloud.environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    config = json.loads(read(json.dumps({"image_name": IMAGE, "new_model": "Me/Finetunned-SQL"})).stdout)
+    assert config["recipe"]["model"]["model_name_or_path"] == "google/gemma-2-9b"
+    assert config["recipe"]["name"] == "finetunned-sql"
+    assert config["recipe"]["publish"]["hub_model_id"] == "Me/Finetunned-SQL"
+    assert config["recipe"]["cluster"]["image"] == IMAGE
+    assert "the flow's config is not JSON" in read("{").stderr
+
+
+def test_spot_and_several_accelerators() -> None:
+    cluster = Cluster(
+        spot=True, accelerator="nvidia-h100-80gb", accelerator_fallbacks=("nvidia-a100-80gb", "nvidia-l4")
+    )
+    wanted = template.gpu_pod(cluster)
+    assert wanted["node_selector"] == {"cloud.google.com/gke-spot": "true"}
+    assert [toleration["key"] for toleration in wanted["tolerations"]] == ["cloud.google.com/gke-spot"]
+    affinity = template._any_of((cluster.accelerator, *cluster.accelerator_fallbacks))["nodeAffinity"]
+    required = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    assert required[0]["matchExpressions"][0]["values"] == ["nvidia-h100-80gb", "nvidia-a100-80gb", "nvidia-l4"]
+    preferred = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert [entry["weight"] for entry in preferred] == [100, 67, 34]
+    with pytest.raises(InputError, match="accelerator_fallbacks has no effect with gpu: 0"):
+        recipes.load("tiny", overrides=["cluster.gpu=0", "cluster.accelerator_fallbacks=[nvidia-l4]"])
+
+
+def test_another_script_of_metaflows_is_refused() -> None:
+    pod = {"container": {"command": ["bash", "-c", "python flow.py step train"]}}
+    with pytest.raises(TuneshipError, match="compiles another script"):
+        template._leave_the_signal_to_the_training(pod)
+
+
+def test_checkpoints_lie_where_the_bucket_forgets_them() -> None:
+    kept = place("gs://bucket/metaflow", "tiny", "argo-tiny-1")
+    assert kept.run == "gs://bucket/runs/tiny/argo-tiny-1"
+    storage = (ROOT / "infra" / "terraform" / "storage.tf").read_text()
+    assert 'checkpoint_prefix   = "checkpoints/"' in storage
+    assert kept.checkpoints == "gs://bucket/checkpoints/tiny/argo-tiny-1"
+
+
+# --- submit -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kubectl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fake_tools.Tools:
+    return fake_tools.install(tmp_path, monkeypatch, "kubectl")
+
+
+def sql() -> recipes.Recipe:
+    return recipes.load("gemma2-9b-a100", overrides=[f"cluster.image={IMAGE}"])
+
+
+def test_submit_deploys_under_the_recipes_name_and_starts_it(
+    cloud: Cloud, kubectl: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    name = argo.submit(sql(), environ=cloud.environment)
+    assert name.startswith("gemma2-9b-a100-") and cloud.workflows()[-1]["metadata"]["name"] == name
+    assert cloud.template("gemma2-9b-a100")["spec"]["securityContext"]["runAsNonRoot"]
+    secret = json.loads(kubectl.inputs[1])
+    assert kubectl.calls[1] == "kubectl create --filename=-"
+    assert secret["stringData"] == {"HF_TOKEN": CANARY} and secret["metadata"] == {
+        "name": "hf-token",
+        "namespace": "argo",
+    }
+    assert not any(CANARY in call for call in kubectl.calls)
+
+
+def test_a_secret_that_is_there_is_left_alone(cloud: Cloud, kubectl: fake_tools.Tools) -> None:
+    kubectl.answer("get secrets", out="secret/hf-token\n")
+    argo.submit(sql(), environ=cloud.environment)
+    assert len(kubectl.calls) == 1
+
+
+def test_what_stops_a_submit(
+    cloud: Cloud, kubectl: fake_tools.Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    before = len(cloud.objects)
+    with pytest.raises(OutsideError, match="the secret hf-token is not in the cluster") as caught:
+        argo.submit(sql(), environ=cloud.environment)
+    assert "HF_TOKEN" in caught.value.fix
+
+    with pytest.raises(OutsideError, match="metadata service does not answer") as caught:
+        argo.submit(sql(), environ=cloud.environment | {"METAFLOW_SERVICE_URL": "http://127.0.0.1:9"})
+    assert "tuneship connect" in caught.value.fix
+
+    with pytest.raises(OutsideError, match="not set up for the cluster") as caught:
+        argo.submit(sql(), environ={"METAFLOW_HOME": str(tmp_path)})
+    assert caught.value.fix == "tuneship connect"
+    assert len(cloud.objects) == before
+
+    kubectl.answer("get secrets", out="secret/hf-token\n")
+    with pytest.raises(OutsideError, match="reaches no cluster"):
+        argo.submit(sql(), environ=cloud.environment | {"KUBECONFIG": os.devnull})
+
+
+def test_what_makes_no_template(tmp_path: Path) -> None:
+    config = tmp_path / "finetune_flow_config.json"
+    with pytest.raises(InputError, match="no image for the pods") as caught:
+        argo.with_image(recipes.load("tiny"), config)
+    assert caught.value.fix == "tuneship image"
+    with pytest.raises(InputError, match="begins with a letter"):
+        argo.with_image(recipes.load("tiny", overrides=["name=9b"]), config)
+    with pytest.raises(InputError, match="not the merged model"):
+        argo.with_image(recipes.load("tiny", overrides=["publish.merged=true", "publish.folder=x"]), config)
+    config.write_text(json.dumps({"image_name": IMAGE}))
+    assert argo.with_image(recipes.load("tiny"), config).cluster.image == IMAGE
