@@ -101,6 +101,7 @@ def reference(model: LoadedModel, lora: Lora = LORA) -> PeftModel:
                 lora_alpha=lora.lora_alpha,
                 lora_dropout=lora.lora_dropout,
                 target_modules=config.target_modules,
+                layers_to_transform=config.layers_to_transform,
                 task_type="CAUSAL_LM",
             ),
         )

@@ -1,0 +1,203 @@
+"""Gemma 2 by hand: packed rows against one row at a time in transformers' eager attention and PEFT's own layers.
+
+python -m pytest tests/kernels/test_gemma2.py -v
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from tuneship import model as models
+from tuneship import trainable
+from tuneship.base import BaseFiles
+from tuneship.kernels import gemma2
+from tuneship.kernels.attention import Documents
+from tuneship.kernels.frozen import Plain
+from tuneship.kernels.gemma2 import Keep
+from tuneship.kernels.reference import Rows
+from tuneship.recipe import Lora
+from tuneship.trainable import HandModel
+
+# A row of one token; shorter and longer than the sliding window.
+LENGTHS = (1, 5, 40, 33)
+KEEPS: tuple[Keep, ...] = get_args(Keep)
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> BaseFiles:
+    return tiny.make("gemma2", tmp_path_factory.mktemp("models") / "gemma2")
+
+
+def by_hand(files: BaseFiles, lora: Lora, *, keep: Keep = "all", size: float = 0.1) -> HandModel:
+    """On our own layers, with an adapter that does something."""
+    model = trainable.load_by_hand(files, "float32", lora, seed=0, device=torch.device("cpu"), keep=keep)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in models.trainable(model).values():
+            parameter.copy_(size * torch.randn_like(parameter))
+    return model
+
+
+def states_of(model: HandModel, rows: list[Tensor]) -> Tensor:
+    bounds = [0]
+    for row in rows:
+        bounds.append(bounds[-1] + len(row))
+    return model.states(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]), Documents(bounds))
+
+
+def weights_of(states: Tensor) -> Tensor:
+    """What each number of the states counts in the tests' loss."""
+    return torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
+
+
+def gradients(model: HandModel, rows: list[Tensor]) -> dict[str, Tensor]:
+    parameters = models.trainable(model)
+    states = states_of(model, rows)
+    found = torch.autograd.grad((states * weights_of(states)).sum(), list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+LORAS = {
+    "q,v": Lora(r=4, lora_alpha=8, target_modules=("q_proj", "v_proj")),
+    "all seven": Lora(r=4, lora_alpha=8),
+    "one layer": Lora(r=4, lora_alpha=8, layers_to_transform=(1,)),
+    "not the last": Lora(r=4, lora_alpha=8, target_modules=("k_proj", "up_proj"), layers_to_transform=(0, 1)),
+    **{name: Lora(r=3, lora_alpha=8, target_modules=(name,)) for name in LINEARS},
+}
+
+
+@pytest.mark.parametrize("lora", LORAS.values(), ids=LORAS.keys())
+def test_packed_rows_equal_one_row_at_a_time(files: BaseFiles, lora: Lora) -> None:
+    model, rows = by_hand(files, lora), tiny.rows(LENGTHS)
+    peft = tiny.reference(model, lora)
+    theirs = torch.cat([peft.base_model.model.model(input_ids=row[None]).last_hidden_state[0] for row in rows])
+    (theirs * weights_of(theirs)).sum().backward()
+    expected = {name: p.grad for name, p in peft.base_model.model.named_parameters() if p.requires_grad}
+
+    layers = 3 if lora.layers_to_transform is None else len(lora.layers_to_transform)
+    assert len(expected) == layers * (7 if lora.target_modules == "all-linear" else len(lora.target_modules)) * 2
+    assert tiny.distance(states_of(model, rows).detach(), theirs.detach()) < 1e-5
+    for model.keep in KEEPS:
+        ours = gradients(model, rows)
+        assert ours.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert tiny.distance(ours[name], gradient) < 1e-5, (model.keep, name)
+
+
+def test_no_row_sees_another(files: BaseFiles) -> None:
+    model = by_hand(files, LORAS["all seven"])
+    first, second, other = tiny.rows((20, 50, 20), seed=1)
+    with torch.no_grad():
+        assert torch.equal(states_of(model, [first, second])[20:], states_of(model, [other, second])[20:])
+
+
+def test_what_is_kept_is_what_was_asked_for(files: BaseFiles) -> None:
+    rows = tiny.rows(LENGTHS)
+    sizes = {}
+    for keep in KEEPS:
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            states = states_of(by_hand(files, LORAS["q,v"], keep=keep), rows)
+        states.sum().backward()
+        sizes[keep] = sum(kept.values())
+    gate_up = 3 * sum(LENGTHS) * 2 * 48 * 4
+    assert sizes["all"] - sizes["most"] == gate_up
+    assert sizes["input"] < sizes["most"] - gate_up
+
+
+class _OneWay(Plain):
+    def backward(self, rows: Rows) -> Tensor:
+        raise AssertionError("the gradient of an input that needs none")
+
+
+def test_the_first_layers_input_needs_no_gradient(files: BaseFiles) -> None:
+    model = by_hand(files, LORAS["all seven"])
+    rows = tiny.rows(LENGTHS)
+    expected = gradients(model, rows)
+    first, second = (layer.products for layer in model.layers[:2])
+    first["qkv"] = _OneWay(first["qkv"].weight)  # type: ignore[attr-defined]
+    ours = gradients(model, rows)
+    assert all(torch.equal(ours[name], gradient) for name, gradient in expected.items())
+    # Every other layer's does.
+    second["qkv"] = _OneWay(second["qkv"].weight)  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="needs none"):
+        gradients(model, rows)
+
+
+# --- dropout ----------------------------------------------------------------------------------
+
+DROPPED = Lora(r=4, lora_alpha=8, lora_dropout=0.4)
+
+
+def test_the_same_masks_on_the_way_back_whatever_is_kept(files: BaseFiles) -> None:
+    rows = tiny.rows(LENGTHS)
+    found = []
+    for keep in KEEPS:
+        model = by_hand(files, DROPPED, keep=keep)
+        torch.manual_seed(7)
+        found.append(gradients(model, rows))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
+    torch.manual_seed(8)
+    other = gradients(model, rows)
+    assert not any(torch.equal(other[name], gradient) for name, gradient in found[0].items())
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("name", LINEARS)
+def test_gradients_under_dropout_are_the_slope_of_the_loss(files: BaseFiles, name: str, keep: Keep) -> None:
+    lora = DROPPED.model_copy(update={"target_modules": (name,)})
+    model, rows = by_hand(files, lora, keep=keep), tiny.rows(LENGTHS)
+    torch.manual_seed(7)
+    found = gradients(model, rows)
+    # Along the gradient itself the slope is its length.
+    length = torch.cat([gradient.flatten() for gradient in found.values()]).norm()
+    step = 2e-3
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, gradient in zip(models.trainable(model).values(), found.values(), strict=True):
+                parameter += sign * step * gradient / length
+            torch.manual_seed(7)
+            states = states_of(model, rows)
+            losses.append(float((states * weights_of(states)).double().sum()))
+            for parameter, gradient in zip(models.trainable(model).values(), found.values(), strict=True):
+                parameter -= sign * step * gradient / length
+    assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(float(length), rel=0.02)
+
+
+def test_dropout_changes_no_mean_and_is_off_in_evaluation(files: BaseFiles) -> None:
+    # An adapter so small that the model is a straight line in it.
+    model, rows = by_hand(files, DROPPED, size=0.003), tiny.rows((12, 20))
+    plain = by_hand(files, DROPPED, size=0.0)
+    with torch.no_grad():
+        base = states_of(plain, rows)
+        model.causal.eval()
+        whole = states_of(model, rows) - base
+        assert torch.equal(states_of(model, rows) - base, whole)
+        model.causal.train()
+        torch.manual_seed(0)
+        effects = torch.stack([states_of(model, rows) - base for _ in range(200)])
+    # The mean of 200 is known to a fourteenth of one's spread.
+    spread = effects.std(0).norm() / 14
+    assert (effects.mean(0) - whole).norm() < 1.5 * spread
+    assert whole.norm() > 5 * spread
+
+
+def test_each_adapter_draws_its_own_mask() -> None:
+    adapters = [gemma2.Adapter(name, "qkv", at, at + 8, 1.0, 0.5) for name, at in (("q_proj", 0), ("k_proj", 8))]
+    low = gemma2._Low(adapters, [torch.zeros(2, 2)] * 4, torch.float32)
+    masks = low.masks("qkv", torch.empty(50, 40))
+    assert masks.keys() == {0, 1}
+    assert not torch.equal(masks[0], masks[1])
+    assert all(float(mask.float().mean()) == pytest.approx(0.5, abs=0.05) for mask in masks.values())
