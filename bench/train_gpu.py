@@ -51,6 +51,11 @@ LINES = [
     "ours bfloat16 two rows an update",
     "ours fp8 two rows an update",
     "ours bfloat16 the tutorial's job",
+    "ours bfloat16 one GPU, two packs an update",
+    "ours bfloat16 two GPUs, two packs an update",
+    "profile bfloat16",
+    "profile fp8",
+    "profile two rows an update",
     "TRL, the tutorial's recipe",
     "TRL at its best",
 ]
@@ -104,8 +109,10 @@ def recipe_of(base: Path, **sections: Any) -> Any:
     return recipe.validate(tree, where="bench")
 
 
-def ours(base: Path, folder: Path, precision: str, targets: str, *, small: bool = False) -> dict[str, Any]:
-    """Our training function on prepared rows."""
+def ours(
+    base: Path, folder: Path, precision: str, targets: str, *, small: bool = False, gpus: int | None = None
+) -> dict[str, Any]:
+    """Our training function on prepared rows; with `gpus`, two packs an update."""
     import psutil
 
     from tuneship import journal
@@ -123,6 +130,8 @@ def ours(base: Path, folder: Path, precision: str, targets: str, *, small: bool 
             "max_steps": 250,
             "logging_steps": 100,
         }
+    if gpus is not None:
+        changes = {"gradient_accumulation_steps": 2, "num_processes": gpus}
     recipe = recipe_of(
         base,
         model={"precision": precision},
@@ -157,7 +166,51 @@ def ours(base: Path, folder: Path, precision: str, targets: str, *, small: bool 
         "planned_gb": provenance["planned_memory_bytes"] / 1e9,
         "first_step_s": first[0],
         "adapter_s": time.time() - began,
+        "losses": [round(line["loss"], 4) for line in lines[:8]],
     }
+
+
+def profile(base: Path, file: Path, precision: str, *, small: bool) -> dict[str, Any]:
+    """The kernels of one update, by time, into a file."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from tuneship import replay, trainable
+    from tuneship.base import BaseFiles
+    from tuneship.data.packing import Tokens, pack, plan
+    from tuneship.loss import answer_loss
+
+    recipe = recipe_of(base)
+    tokens = Tokens.build([(row[: len(row) // 2], row[len(row) // 2 :]) for row in draw_rows(2000)])
+    files = BaseFiles(str(base), base, "local")
+    model = trainable.load(files, precision, recipe.lora, seed=0, tokens=8192, longest=512)
+    model.causal.train()
+    rows = (0, 1) if small else plan(tokens.lengths, recipe.train).updates[0][0]
+    packed = pack(tokens, rows)
+    captured = replay.Replay(model) if small else None
+
+    def update() -> None:
+        if captured is not None:
+            captured.backward(packed, 1.0)
+        else:
+            answer_loss(model, packed).backward()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+
+    for _ in range(3):
+        update()
+    with profiler(activities=[ProfilerActivity.CUDA]) as seen:
+        update()
+    kernels = sorted(
+        ((event.self_device_time_total / 1000, event.count, event.key) for event in seen.key_averages()), reverse=True
+    )
+    total = sum(time for time, _, _ in kernels)
+    lines = [
+        f"{len(packed.ids)} tokens, {total:.1f} ms of kernels",
+        *(f"{t:8.2f} ms {n:5} {k[:110]}" for t, n, k in kernels[:40]),
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    return {"kernels_ms": total, "tokens": len(packed.ids), "launches": sum(count for _, count, _ in kernels)}
 
 
 def job(base: Path, folder: Path) -> dict[str, Any]:
@@ -301,9 +354,15 @@ def one(line: str, base: Path, scratch: Path) -> dict[str, Any]:
         return rate()
     if line.startswith("TRL"):
         return trl(base, folder, best=line.endswith("best"))
-    _, precision, what = line.split(" ", 2)
+    kind, precision, *rest = line.split(" ", 2)
+    if kind == "profile":
+        small = precision == "two"
+        return profile(base, folder.with_suffix(".txt"), "bfloat16" if small else precision, small=small)
+    what = rest[0]
     if what.endswith("job"):
         return job(base, folder)
+    if "GPU" in what:
+        return ours(base, folder, precision, "q,v", gpus=1 if what.startswith("one") else 2)
     small = what.startswith("two")
     return ours(base, folder, precision, "q,v" if small else what, small=small)
 
@@ -316,7 +375,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, got in results.items():
-        if name == "rate":
+        if name == "rate" or name.startswith("profile"):
             continue
 
         def number(key: str, form: str, got: dict[str, Any] = got) -> str:

@@ -138,22 +138,24 @@ def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> T
             packs = backward.packs(step)
             labels = sum(len(packed.labels) for packed in packs)
             summed = torch.zeros(2, device=model.device)
-            summed[1] = bool(stop)
             for packed in gang.mine(packs):
                 summed[0] += backward(packed, 1 / labels)
+            # As late as possible: a signal during the passes ends this update, not the next.
+            summed[1] = bool(stop)
             summed = gang.sum(parameters, summed)
             norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
-            loss, stopping, size_of_step = torch.cat([summed, norm.reshape(1)]).tolist()
-            if not (math.isfinite(loss) and math.isfinite(size_of_step)):
-                raise _not_a_number(step, loss, size_of_step, todo, run)
             optimizer.step()
             backward.clear(optimizer)
+            # Only now: a GPU works on while the CPU waits here. A bad update is never saved.
+            loss, stopping, gradient = torch.cat([summed, norm.reshape(1)]).tolist()
+            if not (math.isfinite(loss) and math.isfinite(gradient)):
+                raise _not_a_number(step, loss, gradient, todo, run)
 
             size = sum(len(packed.ids) for packed in packs)
             seen += size
             last = step == len(todo)
             if gang.first:
-                line = {"step": step, "loss": loss, "grad_norm": size_of_step, "lr": rate, "tokens": size}
+                line = {"step": step, "loss": loss, "grad_norm": gradient, "lr": rate, "tokens": size}
                 if validation is not None and (last or step % train.eval_steps == 0):  # type: ignore[operator]
                     line["validation_loss"] = held_out_loss(model, validation, tokens_per_batch=train.tokens_per_batch)
                 log.write(**line, seconds=round(time.monotonic() - started, 4))

@@ -258,18 +258,20 @@ class _Layer(torch.autograd.Function):
             kept = {}
         elif keep == "most":
             kept = {name: tensor for name, tensor in kept.items() if name != "gate_up"}
-        ctx.layer, ctx.of, ctx.adapters, ctx.masks = layer, of, adapters, masks
+        ctx.layer, ctx.of, ctx.low, ctx.masks = layer, of, low, masks
+        # Saved below, or made again: the low-rank side itself is only weights in the layer's precision.
+        low.inner = {}
         ctx.names = list(kept)
-        ctx.save_for_backward(x, *kept.values(), *weights)
+        ctx.save_for_backward(x, *kept.values())
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
-        kept = dict(zip(ctx.names, rest, strict=False))
-        low = _Low(ctx.adapters, rest[len(kept) :], x.dtype)
+        kept = dict(zip(ctx.names, rest, strict=True))
+        low: _Low = ctx.low
         if kept:
-            low.inner = {index: kept[f"inner {index}"] for index in range(len(ctx.adapters))}
+            low.inner = {index: kept[f"inner {index}"] for index in range(len(low.adapters))}
         else:
             kept = _forward(x, ctx.layer, ctx.of, low, ctx.masks)[1]
         dx = _backward(gradients[0].contiguous(), x, kept, ctx.layer, ctx.of, low, ctx.masks, ctx.needs_input_grad[0])
