@@ -13,6 +13,7 @@ from tuneship.console import say
 
 if TYPE_CHECKING:
     from tuneship.cluster.outputs import Outputs
+    from tuneship.cluster.terraform import Terraform
 
 app = typer.Typer()
 
@@ -140,7 +141,10 @@ TerraformFolder = Annotated[
     Path | None,
     typer.Option("--terraform", metavar="DIR", help="Terraform's files; infra/terraform here, or the package's."),
 ]
-VariablesFile = Annotated[str, typer.Option("--var-file", metavar="FILE", help="The variables' values.")]
+VariablesFile = Annotated[
+    Path | None,
+    typer.Option("--vars", metavar="FILE", help="The variables' values; default_env.tfvars beside them if unset."),
+]
 Project = Annotated[str | None, typer.Option("--project", metavar="ID", help="Instead of the file's project_id.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the commands, and run none.")]
@@ -152,7 +156,7 @@ FlowConfig = Annotated[
 @app.command()
 def up(
     folder: TerraformFolder = None,
-    variables: VariablesFile = "default_env.tfvars",
+    variables: VariablesFile = None,
     project: Project = None,
     outputs: Annotated[Path, typer.Option("--outputs", metavar="FILE", help="Where the outputs go.")] = Path(
         "outputs.json"
@@ -164,7 +168,7 @@ def up(
     from tuneship.cluster import terraform
 
     confirm = (lambda _: True) if yes else terraform.ask
-    terraform.up(terraform.Terraform(folder or terraform.folder(), variables, project, dry_run), outputs, confirm)
+    terraform.up(_terraform(folder, variables, project, dry_run), outputs, confirm)
     say("next: tuneship connect --no-forward; tuneship image; tuneship render; then tuneship connect, left running")
 
 
@@ -257,7 +261,7 @@ def watch(
 @app.command()
 def down(
     folder: TerraformFolder = None,
-    variables: VariablesFile = "default_env.tfvars",
+    variables: VariablesFile = None,
     project: Project = None,
     outputs: OutputsFile = "outputs.json",
     yes: Yes = False,
@@ -268,7 +272,7 @@ def down(
 
     built = _built(outputs) if outputs == "-" or Path(outputs).is_file() else None
     confirm = (lambda _: True) if yes else terraform.ask
-    terraform.down(terraform.Terraform(folder or terraform.folder(), variables, project, dry_run), built, confirm)
+    terraform.down(_terraform(folder, variables, project, dry_run), built, confirm)
 
 
 @app.command()
@@ -285,6 +289,14 @@ def doctor(outputs: OutputsFile = "outputs.json", as_json: AsJson = False) -> No
         print("\n".join(doctors.table(checks)))
     if not all(check.ok for check in checks):
         raise doctors.missing(checks)
+
+
+def _terraform(folder: Path | None, variables: Path | None, project: str | None, dry_run: bool) -> Terraform:
+    from tuneship.cluster import terraform
+
+    # Terraform looks for the file in the folder; a person names it from here.
+    file = "default_env.tfvars" if variables is None else str(variables.resolve())
+    return terraform.Terraform(folder or terraform.folder(), file, project, dry_run)
 
 
 def _built(outputs: str) -> Outputs:

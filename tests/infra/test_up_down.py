@@ -200,6 +200,15 @@ def test_down_keeps_away_from_another_cluster(folder: Path, tools: fake_tools.To
     assert not any("delete" in call or "destroy" in call for call in tools.calls)
 
 
+def test_down_refuses_another_platforms_variables(folder: Path, tools: fake_tools.Tools) -> None:
+    (folder / "default_env.tfvars").write_text('project_id = "my-project"\ndefault_resource_name = "other"\n')
+    with pytest.raises(InputError, match="default_resource_name is other, tuneship was built"):
+        down(Terraform(folder), BUILT, yes)
+    with pytest.raises(InputError, match="project_id is your-project, my-project was built"):
+        down(Terraform(folder, project="your-project"), BUILT, yes)
+    assert tools.calls == []
+
+
 def test_down_without_a_yes_changes_nothing(folder: Path, tools: fake_tools.Tools) -> None:
     with pytest.raises(InputError, match="not confirmed"):
         down(Terraform(folder), BUILT, no)

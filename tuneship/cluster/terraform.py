@@ -73,15 +73,38 @@ class Terraform:
         """Refuses values that would only fail later.
 
         Raises:
-            InputError: no such file, or the project is not named.
+            InputError: no such file, or the project is not named in it.
         """
         file = self.folder / self.variables
         if not file.is_file():
-            raise InputError("no such variables file", where=str(file), fix="name another with --var-file")
-        if not self.project and "<PROJECT_ID>" in re.sub(r"#.*", "", file.read_text(encoding="utf-8")):
+            raise InputError("no such variables file", where=str(file), fix="name another with --vars")
+        if self.named("project_id") == "<PROJECT_ID>":
             raise InputError(
                 "project_id is still <PROJECT_ID>", where=str(file), fix="write your project id there, or --project ID"
             )
+
+    def named(self, variable: str) -> str | None:
+        """A variable's value in the file, if it stands there as plain text."""
+        if variable == "project_id" and self.project:
+            return self.project
+        text = (self.folder / self.variables).read_text(encoding="utf-8")
+        found = re.search(rf'^\s*{variable}\s*=\s*"([^"]*)"', text, re.MULTILINE)
+        return found.group(1) if found else None
+
+    def expect(self, built: Outputs) -> None:
+        """Refuses variables of another platform than the one that was built: an apply would replace it.
+
+        Raises:
+            InputError: names the first that differs.
+        """
+        is_built = {"project_id": built.project_id, "default_resource_name": built.labels["deployment"]}
+        for variable, value in is_built.items():
+            if (named := self.named(variable)) not in (None, value):
+                raise InputError(
+                    f"these are another platform's variables: {variable} is {named}, {value} was built",
+                    where=str(self.folder / self.variables),
+                    fix="name the file that `up` was given: --vars FILE",
+                )
 
 
 def folder() -> Path:
@@ -130,6 +153,8 @@ def down(terraform: Terraform, built: Outputs | None, confirm: Callable[[str], b
         TuneshipError: it is done, and something with our label is still there.
     """
     terraform.check()
+    if built is not None:
+        terraform.expect(built)
     if not terraform.dry_run:
         need("terraform", "gcloud", "kubectl")
         if not confirm("Destroy everything, the bucket and its adapters too"):
