@@ -71,7 +71,7 @@ class Asking:
         Raises:
             NoWay: there are not that many.
         """
-        count = count or self.rng.choices((1, 2, 3), (55, 36, 9))[0]
+        count = count or self.rng.choices((1, 2, 3), (60, 36, 4))[0]
         fitting = [c for c in table.columns if c.asked and c.name not in without]
         self.rng.shuffle(fitting)
         if self.rng.random() < 0.75:

@@ -7,9 +7,9 @@ from text_to_sql.phrases import Condition, Phrase
 from text_to_sql.schema import NUMBERS, Table
 
 
-def _rows(asking: Asking, table: Table, test: str, phrase: Phrase, fixed: set[str]) -> Draft:
+def _rows(asking: Asking, table: Table, test: str, phrase: Phrase, without: set[str]) -> Draft:
     """Columns of the rows that a filter keeps."""
-    columns = asking.columns(table, without=fixed)
+    columns = asking.columns(table, without=without)
     question = asking.ask("rows", asking.slots(table, columns, phrase), filtered=True)
     answer = f"SELECT {listing(columns)} FROM {table.name} WHERE {test}"
     return Draft(question, answer, (table.name,))
@@ -25,7 +25,7 @@ def _filtered(asking: Asking, table: Table, condition: Condition, counts: float)
     """Rows, or with some chance their number."""
     if asking.rng.random() < counts:
         return _count(asking, table, condition.sql(), condition.phrase)
-    return _rows(asking, table, condition.sql(), condition.phrase, condition.fixed)
+    return _rows(asking, table, condition.sql(), condition.phrase, {condition.column})
 
 
 def columns(asking: Asking) -> Draft:
@@ -60,8 +60,8 @@ def filter_and(asking: Asking) -> Draft:
 def filter_or(asking: Asking) -> Draft:
     """Two filters of which one holds."""
     table = asking.table()
-    test, phrase, _ = asking.joined(table, "or")
-    return _rows(asking, table, test, phrase, set())
+    test, phrase, used = asking.joined(table, "or")
+    return _rows(asking, table, test, phrase, used)
 
 
 def between(asking: Asking) -> Draft:
