@@ -25,6 +25,11 @@ class Kubectl:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.configure()
+        self.point_at("gke_my-project_us-central1_tuneship")
+
+    def point_at(self, context: str) -> None:
+        """The current context."""
+        (self.folder / "context").write_text(context)
 
     def configure(self, *, failing: str = "", gateways: dict[str, str] | None = None, goldens: Any = None) -> None:
         """What fails, which gateway is in which pod, and what the golden prompts are answered."""
@@ -80,6 +85,9 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Kubectl:
 
 def main(argv: list[str]) -> int:
     folder = Path(os.environ["FAKE_KUBECTL"])
+    if argv == ["config", "current-context"]:
+        print((folder / "context").read_text())
+        return 0
     assert argv[:2] == ["--namespace", "serving"], argv
     argv = argv[2:]
     with (folder / "calls.jsonl").open("a") as calls:

@@ -99,13 +99,15 @@ def deploy(
 ) -> None:
     """Serve a run from the cluster, on trial first if told so; or take it back."""
     from tuneship.cluster import deploy as deployment
-    from tuneship.cluster import outputs as terraform
     from tuneship.cluster.kubectl import Kubectl
+    from tuneship.cluster.terraform import expect_context
     from tuneship.errors import InputError
 
     if (run is not None) + promote + rollback != 1:
         raise InputError("name a RUN, or say --promote or --rollback", where="tuneship deploy")
-    built = terraform.read(sys.stdin.read() if outputs == "-" else Path(outputs))
+    built = _built(outputs)
+    if not dry_run:
+        expect_context(built)
     kubectl = Kubectl(built.serving_k8s_namespace, dry_run=dry_run)
     target = deployment.Target(built, kubectl, out / "serving")
     if run is None:

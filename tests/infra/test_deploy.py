@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import fake_kubectl
 import pytest
 from fake_kubectl import Kubectl
 from made_run import another, make_run, name
-from serving_example import OUTPUTS
+from serving_example import OUTPUTS, ROOT
 
 from tuneship import journal, storage
 from tuneship.cluster import deploy as deployment
@@ -306,3 +308,29 @@ GOOD = Counts(requests=100, errors=0, first_s=5, firsts=100, seconds=40, tokens=
 def test_what_ends_a_trial(canary: Counts, said: str) -> None:
     reasons = "; ".join(trial.against(canary, GOOD))
     assert re.match(re.escape(said), reasons) if said else not reasons
+
+
+def command(run: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    given = ["--outputs", str(ROOT / "infra" / "example-outputs.json"), "--out", str(out), *options]
+    argv = [sys.executable, "-W", "ignore", "-m", "tuneship.cli", "deploy", str(run), *given]
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
+def test_the_command(run: Path, tmp_path: Path, kubectl: Kubectl) -> None:
+    done = command(run, tmp_path / "out", "--spot", "--max-replicas", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record == kubectl.record()
+    assert (record["settings"]["spot"], record["settings"]["max_replicas"]) == (True, 3)
+    assert (tmp_path / "out" / "serving" / "deployment.yaml").is_file()
+    assert "next: kubectl --namespace serving port-forward svc/llm-service 8000:8000" in done.stderr
+
+
+def test_the_command_says_no_as_the_gate_did(run: Path, tmp_path: Path, kubectl: Kubectl) -> None:
+    (run / "evaluation.json").unlink()
+    assert command(run, tmp_path / "out").returncode == 4
+    assert command(run, tmp_path / "out", "--rollback").returncode == 2
+    kubectl.point_at("gke_another_cluster")
+    done = command(run, tmp_path / "out", "--force", "a demo")
+    assert done.returncode == 3 and "points at another cluster" in done.stderr
+    assert not kubectl.changes
