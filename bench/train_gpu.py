@@ -397,6 +397,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a folder with a tokenizer, of any decoder")
     parser.add_argument("--out", type=Path, default=Path("build/train_gpu"))
     parser.add_argument("--only", nargs="*", default=LINES, metavar="LINE", help=f"some of: {'; '.join(LINES)}")
+    parser.add_argument("--limit", type=float, default=900, help="seconds that one line may take")
     parser.add_argument("--line", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -411,9 +412,14 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for line in options.only:
         print(f"== {line}", file=sys.stderr, flush=True)
-        done = subprocess.run([*own, "--line", line], stdout=subprocess.PIPE, text=True, check=False)
-        found = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
-        results[line] = json.loads(found[-1][7:]) if found else {"error": f"failed (exit {done.returncode})"}
+        try:
+            done = subprocess.run(
+                [*own, "--line", line], stdout=subprocess.PIPE, text=True, check=False, timeout=options.limit
+            )
+            found = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
+            results[line] = json.loads(found[-1][7:]) if found else {"error": f"failed (exit {done.returncode})"}
+        except subprocess.TimeoutExpired:
+            results[line] = {"error": f"not done after {options.limit:.0f} s"}
         print(json.dumps(results[line]), file=sys.stderr, flush=True)
         (options.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
