@@ -1,15 +1,20 @@
-"""What the gateway adds: latency of a token and of a request, and its behaviour under overload.
+"""What the gateway adds, beside other proxies in front of the same engine, and what it does under overload.
 
-    python bench/gateway.py                     the gateway in front of a stub engine
-    python bench/gateway.py --local runs/tiny   the engine in this process: 16 at a time against one
+    python bench/gateway.py
+    python bench/gateway.py --litellm .venv-litellm/bin/litellm --router .venv-router/bin/vllm-router
 
-Three processes on loopback: a stub engine that answers at once, the gateway, and a client. Every
-token holds the moment at which the stub wrote it, so each arrival is a latency; the same client
-then asks the stub directly, and what the gateway adds is the difference. Streams are 64 tokens, one
-each 20 ms. `staggered`: each stream in its own time. `lockstep`: all streams' tokens at one moment,
-as an engine with a running batch makes them; the last of a hundred then waits for the others.
+Processes on loopback: a stub engine, one proxy, and a client, which also asks the stub directly.
 
-Covered: the whole way, HTTP included, at 100 streams. Not covered: a network, TLS, an engine's own time.
+token      100 streams of 64 tokens, one each 20 ms. Each token holds the moment at which the stub wrote
+           it, so each arrival is a latency; what a proxy adds is the difference to asking directly.
+           `staggered`: each stream in its own time. `lockstep`: all tokens at one moment, as an engine
+           with a running batch makes them; the last of a hundred then waits for the others.
+requests   100 connections that ask again as soon as they are answered, a whole answer or a stream of 64
+           tokens that the stub writes at once: requests/s, and the proxy's CPU time for each.
+overload   ten times what the engine takes: what becomes of everyone. For the gateway alone.
+
+Client, stub and proxy share the machine's cores, so requests/s are bounded by all three; CPU time per
+request tells the proxies apart also on a busy machine. Not covered: a network, TLS, an engine's own time.
 """
 
 from __future__ import annotations
@@ -17,29 +22,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 STREAMS, TOKENS, EVERY_S = 100, 64, 0.02
+STAGGERED, LOCKSTEP, SERVICE, AT_ONCE = range(4)
 STAMP = re.compile(rb"T(\d+);")
 CHOICE = b'{"index":0,"text":"T%d;","logprobs":null,"finish_reason":%s}'
 FRAME = b'data: {"id":"x","object":"text_completion","created":1,"model":"stub","choices":[' + CHOICE + b"]}\n\n"
-USAGE = b'data: {"choices":[],"usage":{"prompt_tokens":9,"completion_tokens":64,"total_tokens":73}}\n\ndata: [DONE]\n\n'
-MODELS = b'{"data":[{"id":"stub","max_model_len":2048}]}'
+COUNTS = b'"usage":{"prompt_tokens":9,"completion_tokens":64,"total_tokens":73}}'
+USAGE = b'data: {"id":"x","object":"text_completion","created":1,"model":"stub","choices":[],' + COUNTS + b"\n\n"
+WHOLE = b'{"id":"x","object":"text_completion","created":1,"model":"stub","choices":[' + CHOICE + b"]," + COUNTS
+MODELS = b'{"object":"list","data":[{"id":"stub","object":"model","created":1,"owned_by":"x","max_model_len":2048}]}'
 
 
 # --- the stub engine --------------------------------------------------------------------------
 
 
 class Stub(asyncio.Protocol):
-    """Answers GET with its models, POST with a stream; `max_tokens` says how: 1 is a single token at once."""
+    """Answers GET with its models, POST with a completion of `max_tokens` tokens; `seed` says in which time."""
 
     beat: asyncio.Event
     service_s = 0.0
@@ -54,26 +67,50 @@ class Stub(asyncio.Protocol):
             return
         if head.startswith(b"GET"):
             self.received = b""
-            answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(MODELS), MODELS)
-            self.transport.write(answer)
+            self.whole(MODELS)
             return
         length = re.search(rb"content-length: (\d+)", head, re.I)
         if length is not None and len(body) >= int(length[1]):
             self.received = b""
             asked = json.loads(body)
-            self.task = asyncio.ensure_future(self.answer(asked["max_tokens"], asked["seed"]))
+            if not asked.get("stream"):
+                self.whole(WHOLE % (time.monotonic_ns(), b'"stop"'))
+            elif asked["seed"] == AT_ONCE:
+                last = asked["max_tokens"] - 1
+                self.begin()
+                self.transport.write(b"".join(chunk(token(number == last)) for number in range(last + 1)) + END)
+            else:
+                self.task = asyncio.ensure_future(self.answer(asked["max_tokens"], asked["seed"]))
+
+    def whole(self, body: bytes) -> None:
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        self.transport.write(head + body)
+
+    def begin(self) -> None:
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
 
     async def answer(self, count: int, mode: int) -> None:
-        if mode == 2:
+        if mode == SERVICE:
             await asyncio.sleep(self.service_s)
-        write = self.transport.write
-        write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        self.begin()
         for number in range(count):
             if number:
-                await (self.beat.wait() if mode == 1 else asyncio.sleep(EVERY_S))
-            frame = FRAME % (time.monotonic_ns(), b'"stop"' if number == count - 1 else b"null")
-            write(b"%x\r\n%s\r\n" % (len(frame), frame))
-        write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(USAGE), USAGE))
+                await (self.beat.wait() if mode == LOCKSTEP else asyncio.sleep(EVERY_S))
+            self.transport.write(chunk(token(number == count - 1)))
+        self.transport.write(END)
+
+
+def token(last: bool) -> bytes:
+    return FRAME % (time.monotonic_ns(), b'"stop"' if last else b"null")
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+END = chunk(USAGE + b"data: [DONE]\n\n") + b"0\r\n\r\n"
 
 
 async def stub(service_s: float) -> None:
@@ -112,7 +149,7 @@ class Asking(asyncio.Protocol):
             self.latencies.append((now - int(stamp[1])) / 1e6)
             at = stamp.end()
         self.rest = data[at:][-4096:]
-        if b"[DONE]" in self.rest or self.status != 200 or b'"usage"' in self.rest:
+        if b"[DONE]" in self.rest or self.status != 200:
             self.end()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -124,12 +161,16 @@ class Asking(asyncio.Protocol):
             self.transport.close()
 
 
-async def ask(port: int, *, tokens: int, mode: int, stream: bool = True) -> tuple[int, float, list[float]]:
-    """(status, milliseconds, latencies of tokens)"""
+def message(*, tokens: int, mode: int, stream: bool) -> bytes:
     body = {"model": "stub", "prompt": "Question: how many?", "max_tokens": tokens, "seed": mode, "stream": stream}
     raw = json.dumps(body).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-    request = head + b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
+    return head + b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
+
+
+async def ask(port: int, *, tokens: int, mode: int) -> tuple[int, float, list[float]]:
+    """(status, milliseconds, latencies of tokens)"""
+    request = message(tokens=tokens, mode=mode, stream=True)
     loop = asyncio.get_running_loop()
     ended: asyncio.Future[int] = loop.create_future()
     began = time.monotonic()
@@ -155,17 +196,53 @@ async def streams(port: int, mode: int, rounds: int) -> list[float]:
     return found
 
 
-async def singles(port: int, rate: float, seconds: float) -> list[float]:
-    """Milliseconds of requests that are answered at once, sent at a fixed rate."""
-    found: list[float] = []
+class Again(asyncio.Protocol):
+    """Asks again on the same connection as soon as it is answered."""
 
-    async def one() -> None:
-        status, milliseconds, _ = await ask(port, tokens=1, mode=0)
-        assert status == 200, status
-        found.append(milliseconds)
+    def __init__(self, request: bytes, answered: list[int]) -> None:
+        self.request, self.answered, self.received = request, answered, b""
 
-    await at_rate(one, rate, seconds)
-    return found
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        received = self.received + data
+        head = received.find(b"\r\n\r\n") + 4
+        if head > 3:
+            length = re.search(rb"content-length: (\d+)", received[:head], re.I)
+            ended = len(received) >= head + int(length[1]) if length else received.endswith(b"0\r\n\r\n")
+            if ended:
+                self.answered.append(int(received[9:12]))
+                received = b""
+                self.transport.write(self.request)
+        self.received = received
+
+
+async def requests(port: int, pid: int, *, stream: bool, seconds: float) -> dict[str, float]:
+    """Requests/s of many connections, and the CPU time that a process took for each."""
+    request = message(tokens=TOKENS, mode=AT_ONCE, stream=stream)
+    loop, answered = asyncio.get_running_loop(), list[int]()
+    made = [await loop.create_connection(lambda: Again(request, answered), "127.0.0.1", port) for _ in range(STREAMS)]
+    await asyncio.sleep(1.0)  # warm
+    began, cpu, before = time.monotonic(), cpu_seconds(pid), len(answered)
+    await asyncio.sleep(seconds)
+    took, cpu, count = time.monotonic() - began, cpu_seconds(pid) - cpu, len(answered) - before
+    for transport, _ in made:
+        transport.abort()
+    assert set(answered) == {200}, Counter(answered)
+    return {"requests/s": round(count / took, 1), "CPU ms/request": round(cpu / count * 1000, 3)}
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and those that it started and that still run."""
+    pids, total = [pid], 0
+    for one in pids:
+        for task in Path(f"/proc/{one}/task").iterdir():
+            pids += map(int, (task / "children").read_text().split())
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 async def at_rate(one: Callable[[], Any], rate: float, seconds: float) -> None:
@@ -183,7 +260,7 @@ async def overload(port: int, rate: float, seconds: float) -> dict[str, Any]:
     others: list[int] = []
 
     async def one() -> None:
-        status, milliseconds, latencies = await ask(port, tokens=1, mode=2)
+        status, milliseconds, latencies = await ask(port, tokens=1, mode=SERVICE)
         if status == 200 and len(latencies) == 1:
             answered.append(milliseconds)
         elif status == 429:
@@ -214,103 +291,103 @@ def quantiles(values: list[float]) -> dict[str, float]:
 
 
 @contextmanager
-def process(*arguments: str) -> Iterator[tuple[str, int]]:
-    child = subprocess.Popen([sys.executable, *arguments], stderr=subprocess.PIPE)
+def process(*argv: str, port: int = 0) -> Iterator[tuple[int, int]]:
+    """A process and its port: as it says on stderr, or as it was told. Yields (pid, port)."""
+    child = subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL if port else subprocess.PIPE)
     try:
-        assert child.stderr is not None
-        line = child.stderr.readline().decode()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)(?= \()", line)
-        assert found is not None, line + child.stderr.read().decode()
-        # The log goes on being written; somebody must read it.
-        drain = subprocess.Popen(["cat"], stdin=child.stderr, stdout=subprocess.DEVNULL)
-        yield found[0], int(found[1])
-        drain.terminate()
-        drain.wait()
+        if child.stderr is not None:
+            line = child.stderr.readline().decode()
+            found = re.search(r"http://127\.0\.0\.1:(\d+)(?= \()", line)
+            assert found is not None, line + child.stderr.read().decode()
+            port = int(found[1])
+            # The log goes on being written; somebody must read it.
+            threading.Thread(target=child.stderr.read, daemon=True).start()
+        yield child.pid, port
     finally:
         child.terminate()
         child.wait()
-        assert child.stderr is not None
-        child.stderr.close()
 
 
-def gateway(running: int, waiting: int, url: str) -> Any:
+def gateway(running: int, waiting: int, engine: int) -> Any:
     settings = f"Serve(port=0, max_num_seqs={running}, max_waiting={waiting}, timeout_s=60)"
-    code = f"from tuneship.serve.server import serve, Serve; serve([], settings={settings}, engine={url!r})"
-    return process("-c", code)
+    code = "from tuneship.serve.server import serve, Serve; "
+    return process(sys.executable, "-c", f"{code}serve([], settings={settings}, engine='http://127.0.0.1:{engine}')")
+
+
+def litellm(program: str, engine: int) -> Any:
+    config = Path(tempfile.mkdtemp()) / "litellm.json"
+    parameters = {"model": "text-completion-openai/stub", "api_base": f"http://127.0.0.1:{engine}/v1", "api_key": "x"}
+    config.write_text(json.dumps({"model_list": [{"model_name": "stub", "litellm_params": parameters}]}))
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    port = free_port()
+    return process(program, "--config", str(config), "--host", "127.0.0.1", "--port", str(port), port=port)
+
+
+def router(program: str, engine: int) -> Any:
+    port = free_port()
+    backend = ("--static-backends", f"http://127.0.0.1:{engine}", "--static-models", "stub")
+    where = ("--host", "127.0.0.1", "--port", str(port), "--service-discovery", "static")
+    return process(program, *where, *backend, "--routing-logic", "roundrobin", port=port)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
 
 
 async def ready(port: int) -> None:
-    while True:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
-        status = await reader.readline()
-        writer.close()
-        if b"200" in status:
-            return
+    """Waits until a completion is answered."""
+    for _ in range(600):
+        try:
+            if (await ask(port, tokens=1, mode=STAGGERED))[0] == 200:
+                return
+        except (OSError, ValueError):
+            pass
         await asyncio.sleep(0.1)
+    raise TimeoutError(port)
 
 
-def measure_stub(rounds: int) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    with process(__file__, "--stub", "0.1") as (url, direct):
-        with gateway(2 * STREAMS, STREAMS, url) as (_, through):
-            asyncio.run(ready(through))
-            for name, call in (
-                ("token, staggered", lambda port: streams(port, 0, rounds)),
-                ("token, lockstep", lambda port: streams(port, 1, rounds)),
-                ("request at once, 200/s", lambda port: singles(port, 200, 2.5 * rounds)),
-            ):
-                asyncio.run(call(through))  # warm
-                without, with_it = quantiles(asyncio.run(call(direct))), quantiles(asyncio.run(call(through)))
-                added = {key: round(with_it[key] - without[key], 3) for key in ("p50", "p99")}
-                result[name] = {"direct": without, "through": with_it, "added": added}
-        # 8 at a time, 0.1 s each: 80 a second. Ten times that is sent.
-        with gateway(8, 8, url) as (_, through):
-            asyncio.run(ready(through))
-            result["overload, 10 times"] = asyncio.run(overload(through, 800, 2.0 * rounds))
-    return result
-
-
-def measure_local(folder: Path) -> dict[str, Any]:
-    code = (
-        "from pathlib import Path; from tuneship.serve.server import serve, Serve; "
-        f"serve([Path({str(folder)!r})], settings=Serve(port=0))"
-    )
-
-    async def speed(port: int, count: int) -> float:
-        async def one(seed: int) -> int:
-            body = {"prompt": "Question: how many?\nContext: CREATE TABLE t (a INT)\nAnswer:", "max_tokens": 48}
-            raw = json.dumps({**body, "temperature": 2.0, "seed": seed, "stop": ["\x00"]}).encode()
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n"
-            writer.write(head + b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(raw), raw))
-            answer = (await reader.read()).partition(b"\r\n\r\n")[2]
-            writer.close()
-            tokens: int = json.loads(answer)["usage"]["completion_tokens"]
-            return tokens
-
-        began = time.monotonic()
-        tokens = sum(await asyncio.gather(*(one(seed) for seed in range(count))))
-        return tokens / (time.monotonic() - began)
-
-    with process("-c", code) as (_, port):
-        asyncio.run(ready(port))
-        asyncio.run(speed(port, 16))  # warm
-        alone, together = asyncio.run(speed(port, 1)), asyncio.run(speed(port, 16))
-    return {"alone, tokens/s": round(alone, 1), "16 at a time": round(together, 1), "ratio": round(together / alone, 2)}
+def measure(port: int, pid: int, seconds: float) -> dict[str, Any]:
+    asyncio.run(ready(port))
+    rounds = max(1, round(seconds / (TOKENS * EVERY_S)))
+    found: dict[str, Any] = {}
+    for name, mode in (("staggered", STAGGERED), ("lockstep", LOCKSTEP)):
+        asyncio.run(streams(port, mode, 1))  # warm
+        found[f"token ms, {name}"] = quantiles(asyncio.run(streams(port, mode, rounds)))
+    found["whole answers"] = asyncio.run(requests(port, pid, stream=False, seconds=seconds))
+    found["streams of 64"] = asyncio.run(requests(port, pid, stream=True, seconds=seconds))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4, help="how long to measure; 4 is about a minute")
-    parser.add_argument("--local", type=Path, metavar="FOLDER", help="measure the engine in this process on a run")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each measurement")
+    parser.add_argument("--litellm", metavar="PROGRAM", help="LiteLLM's proxy: pip install 'litellm[proxy]'")
+    parser.add_argument("--router", metavar="PROGRAM", help="vLLM production-stack's router")
     parser.add_argument("--stub", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.stub is not None:
         loop(stub(given.stub))
         return
-    result = measure_local(given.local) if given.local else measure_stub(given.rounds)
-    print(json.dumps(result, indent=2))
+    with process(sys.executable, __file__, "--stub", "0.1") as (stub_pid, engine):
+        show("direct", measure(engine, stub_pid, given.seconds))
+        with gateway(2 * STREAMS, STREAMS, engine) as (pid, port):
+            show("gateway", measure(port, pid, given.seconds))
+        if given.litellm:
+            with litellm(given.litellm, engine) as (pid, port):
+                show("LiteLLM", measure(port, pid, given.seconds))
+        if given.router:
+            with router(given.router, engine) as (pid, port):
+                show("production-stack router", measure(port, pid, given.seconds))
+        # 8 at a time, 0.1 s each: 80 a second. Ten times that is sent.
+        with gateway(8, 8, engine) as (_, port):
+            asyncio.run(ready(port))
+            show("gateway, overload", asyncio.run(overload(port, 800, given.seconds)))
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    print(json.dumps({name: found}), flush=True)
 
 
 def loop(main: Any) -> None:
