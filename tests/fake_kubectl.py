@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +124,8 @@ def main(argv: list[str]) -> int:
     elif argv[0] == "exec" and "-c" in argv:
         code = argv[-1].replace("http://127.0.0.1:8000", settings["gateways"][argv[1]])
         assert code != argv[-1]
-        return subprocess.run([sys.executable, "-c", code], env={"no_proxy": "*"}).returncode
+        os.environ["no_proxy"] = "*"
+        exec(code, {})
     elif argv[0] == "exec":
         assert "tuneship.serve.goldens" in argv
         print(json.dumps(settings["goldens"]))

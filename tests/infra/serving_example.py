@@ -11,6 +11,7 @@ from typing import Any
 from tuneship.cluster import outputs, render, serving
 from tuneship.cluster.render import Files
 from tuneship.cluster.served import Adapter, Served, Settings
+from tuneship.recipe import Serve
 
 ROOT = Path(__file__).parents[2]
 RENDERED = ROOT / "infra" / "rendered" / "serving"
@@ -26,8 +27,7 @@ def adapter(**changes: Any) -> Adapter:
         "rank": 8,
         "merged": False,
         "contract": "5d41402abc4b2a76b9719d911017c592" * 2,
-        "length": 2048,
-        "slots": 16,
+        "serve": Serve(),
         "score": 0.81,
     }
     return Adapter(**(about | changes))

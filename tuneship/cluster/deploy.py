@@ -221,8 +221,7 @@ def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | 
         rank=rank,
         merged=merged,
         contract=hashlib.sha256((part / prompt.FILE).read_bytes()).hexdigest(),
-        length=run.recipe.serve.max_model_len,
-        slots=run.recipe.serve.max_num_seqs,
+        serve=run.recipe.serve,
         score=score,
         forced=force,
     )

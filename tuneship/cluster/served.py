@@ -12,6 +12,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tuneship.errors import InputError
+from tuneship.recipe import Serve
 
 CONFIG_MAP = "vllm-config"
 _HISTORY = 20
@@ -63,10 +64,8 @@ class Adapter(_Part):
     """The whole model is served, not an adapter on the base."""
     contract: str
     """sha256 of its prompt.json."""
-    length: int
-    """Longest prompt and answer together, in tokens."""
-    slots: int
-    """Requests that vLLM runs together."""
+    serve: Serve
+    """The recipe's limits of a request, for the gateway and vLLM."""
     score: float | None
     """What the evaluation measured, where there was one."""
     forced: str = ""
@@ -74,7 +73,7 @@ class Adapter(_Part):
 
     def sits_beside(self, other: Adapter) -> bool:
         """Whether one engine and one contract serve both."""
-        mine, others = ((a.base, a.revision, a.merged, a.contract, a.length, a.slots) for a in (self, other))
+        mine, others = ((a.base, a.revision, a.merged, a.contract, a.serve) for a in (self, other))
         return not self.merged and mine == others
 
 
