@@ -74,9 +74,9 @@ class Cluster:
             self.gateways.append(stack.enter_context(running(shared, contracts=contracts)))
         self.configure({each: ["SELECT 1"] for each in names})
 
-    def configure(self, goldens: dict[str, list[str]]) -> None:
+    def configure(self, goldens: dict[str, list[str]], failing: str = "") -> None:
         urls = {pod: gateway.url for pod, gateway in zip(PODS, self.gateways, strict=True)}
-        self.kubectl.configure(gateways=urls, goldens=goldens)
+        self.kubectl.configure(gateways=urls, goldens=goldens, failing=failing)
 
     def traffic(self, seconds: float) -> None:
         """What comes in while somebody waits."""
@@ -173,7 +173,9 @@ def test_a_canary_that_too_few_have_asked_is_taken_back(cluster: Cluster, stack:
     assert cluster.kubectl.record()["canary"] is None
 
 
-def test_a_trial_that_was_left_is_ended_by_hand(cluster: Cluster, stack: ExitStack) -> None:
+def test_a_trial_that_was_left_is_ended_by_hand(
+    cluster: Cluster, stack: ExitStack, capsys: pytest.CaptureFixture[str]
+) -> None:
     class Left(Exception):
         pass
 
@@ -186,10 +188,17 @@ def test_a_trial_that_was_left_is_ended_by_hand(cluster: Cluster, stack: ExitSta
             with pytest.raises(Left):
                 try_it(cluster, sleep=leave)
             assert cluster.kubectl.record()["canary"] == name(cluster.new)
+            assert "keeps its share: tuneship deploy --promote, or --rollback" in capsys.readouterr().err
         assert end(cluster.target, sleep=cluster.traffic).serving == name(serving)
         before = cluster.answered()
         cluster.traffic(0)
         assert set(cluster.answered() - before) == {name(serving)}
+
+
+def test_a_pod_that_goes_away_does_not_end_the_trial(cluster: Cluster, stack: ExitStack) -> None:
+    cluster.start(stack)
+    cluster.configure({each: ["SELECT 1"] for each in (name(cluster.old), name(cluster.new))}, failing="exec pod-b")
+    assert try_it(cluster).serving == name(cluster.new)
 
 
 def test_each_adapter_can_be_asked_by_its_own_name(cluster: Cluster, stack: ExitStack) -> None:

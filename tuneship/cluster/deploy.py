@@ -111,11 +111,14 @@ def deploy(
         say(f"{after.model} is served by {after.serving}")
         return after
     say(f"{after.canary} has {canary} % of the requests for {after.model}")
-    if reasons := trial.watch(target.kubectl, after, requests=requests, minutes=minutes, sleep=sleep):
-        _bring(target, records.rolled_back(after, "; ".join(reasons)))
-        raise GateError(
-            "the canary was taken back: " + "; ".join(reasons), where=name, fix=f"{after.serving} is served as before"
-        )
+    try:
+        reasons = trial.watch(target.kubectl, after, requests=requests, minutes=minutes, sleep=sleep)
+    except BaseException:
+        say(f"the trial broke off, and {after.canary} keeps its share: tuneship deploy --promote, or --rollback")
+        raise
+    if reasons:
+        _change(target, records.rolled_back(after, "; ".join(reasons)), sleep)
+        raise GateError("the canary was taken back: " + "; ".join(reasons), where=name)
     return promote(target, sleep=sleep)
 
 

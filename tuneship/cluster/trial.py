@@ -14,6 +14,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 
 from tuneship.cluster.kubectl import Kubectl
@@ -122,7 +123,7 @@ def settled(kubectl: Kubectl, served: Served, *, sleep: Callable[[float], None] 
     """
     wanted = {name: share / 100 for name, share in served.shares.items()}
     for _ in range(round(SETTLES_WITHIN_S / 5)):
-        shares = [_shares(kubectl.read("exec", pod, *_INSIDE)) for pod in pods(kubectl)]
+        shares = [_shares(metrics) for metrics in _metrics(kubectl).values()]
         if shares and all(found == wanted for found in shares):
             return
         sleep(5.0)
@@ -140,11 +141,18 @@ def pods(kubectl: Kubectl) -> list[str]:
     return [pod["metadata"]["name"] for pod in alive if pod["status"]["phase"] == "Running"]
 
 
-_INSIDE = ("--container=gateway", "--", "python", "-c", _SCRAPE)
+def _metrics(kubectl: Kubectl) -> dict[str, str]:
+    """Pod → its gateway's metrics."""
+    found = {}
+    for pod in pods(kubectl):
+        # A pod that the autoscaler takes away meanwhile has nothing more to say.
+        with suppress(OutsideError):
+            found[pod] = kubectl.read("exec", pod, "--container=gateway", "--", "python", "-c", _SCRAPE)
+    return found
 
 
 def _look(kubectl: Kubectl) -> dict[str, dict[str, Counts]]:
-    return {pod: counts(kubectl.read("exec", pod, *_INSIDE)) for pod in pods(kubectl)}
+    return {pod: counts(metrics) for pod, metrics in _metrics(kubectl).items()}
 
 
 def counts(metrics: str) -> dict[str, Counts]:
