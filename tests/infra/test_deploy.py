@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import fake_gcs
+import fake_hub
 import fake_kubectl
 import pytest
 from fake_kubectl import Kubectl
-from made_run import another, make_run, name
+from made_run import IMAGE, another, make_run, name
 from serving_example import OUTPUTS, ROOT
 
 from tuneship import journal, storage
@@ -121,6 +122,28 @@ def test_the_merged_model(run: Path, target: Target, tmp_path: Path) -> None:
     assert served.serving == name(run, "merged") and served.adapters[served.serving].merged
     fetch.main([f"{served.serving}={uri}/merged", str(tmp_path / "models")])
     assert (tmp_path / "models" / served.serving / "merged" / "prompt.json").is_file()
+
+
+def test_an_adapter_on_the_hub(run: Path, target: Target, tmp_path: Path, hub: fake_hub.Hub) -> None:
+    facts = journal.read_json(run / "adapter" / "tuneship.json")
+    recipe = {key: journal.read_json(run / "recipe.json")[key] for key in ("name", "model", "data")}
+    journal.write_json(run / "adapter" / "tuneship.json", {**facts, "recipe": recipe})
+    files = {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
+    commit = hub.add("me/sql", {**files, "README.md": b"a card"}, private=True).head.sha
+    uri = f"hf://me/sql@{commit}"
+    settings = {"image": IMAGE, "accelerator": "nvidia-l4"}
+    with pytest.raises(GateError, match="nothing was evaluated"):
+        deploy(uri, target, changes=settings)
+    served = deploy(uri, target, changes=settings, force="measured elsewhere")
+    assert served.adapters[served.serving].uri == uri and served.serving == name(run)
+    fetch.main([f"{served.serving}={uri}", str(tmp_path / "models")])
+    assert journal.is_run(tmp_path / "models" / served.serving)
+
+
+@pytest.mark.parametrize("uri", ["hf://me/sql", "hf://me/sql@main", f"hf://me/../sql@{'0' * 40}", f"hf://@{'0' * 40}"])
+def test_a_hub_adapter_is_named_with_its_commit(uri: str, target: Target) -> None:
+    with pytest.raises(InputError, match="named as hf://USER/NAME@COMMIT"):
+        deploy(uri, target, force="why not")
 
 
 def test_the_key_is_made_once_and_never_printed(

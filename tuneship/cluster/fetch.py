@@ -13,6 +13,8 @@ Not covered: weights of a base or a merged model. vLLM streams those from the bu
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,14 +54,11 @@ def take(uri: str, folder: Path, *, merged: bool = False) -> None:
 
 
 def _from_hub(uri: str, folder: Path) -> None:
-    repository, at, revision = uri.removeprefix(HUB).partition("@")
-    if not hub.is_id(repository) or not at:
-        raise InputError("an adapter on the Hub is hf://USER/NAME@COMMIT", where=uri)
-    api = hub.api()
-    hub.call(
-        f"model {repository}",
-        lambda: api.snapshot_download(repository, revision=revision, local_dir=str(folder / "adapter")),
-    )
+    repository, _, commit = uri.removeprefix(HUB).partition("@")
+    if not hub.is_id(repository) or not re.fullmatch(r"[0-9a-f]{40}", commit):
+        raise InputError("an adapter on the Hub is named as hf://USER/NAME@COMMIT", where=uri)
+    found = Path(hub.download(repository, commit, patterns=["*.json", "*.safetensors"]))
+    shutil.copytree(found, folder / "adapter")
     write_json(folder / "recipe.json", read_json(folder / "adapter" / "tuneship.json")["recipe"])
 
 
