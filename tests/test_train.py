@@ -19,6 +19,7 @@ from transformers import TrainingArguments, get_scheduler
 
 from tuneship import journal, prompt
 from tuneship import model as models
+from tuneship import replay
 from tuneship import train as training
 from tuneship.base import BaseFiles
 from tuneship.data import heldout
@@ -318,7 +319,7 @@ def test_a_device_that_is_too_small_names_the_dials(
     def out_of_memory(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(training, "answer_loss", out_of_memory)
+    monkeypatch.setattr(replay, "answer_loss", out_of_memory)
     with pytest.raises(TuneshipError, match="memory does not hold") as failure:
         done(make_recipe(), tmp_path / "run")
     assert "tokens_per_batch: 256" in failure.value.where

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tuneship.data.packing import Pack, Tokens, pack
+from tuneship.kernels import to_device
 from tuneship.kernels.attention import Documents
 from tuneship.kernels.head import label_loss
 from tuneship.model import LoadedModel
@@ -13,10 +14,9 @@ from tuneship.model import LoadedModel
 
 def answer_loss(model: LoadedModel, packed: Pack) -> Tensor:
     """Sum of the cross-entropies over the labels of a pack: a scalar, float32."""
-    device = model.device
-    ids, positions = torch.from_numpy(packed.ids).to(device), torch.from_numpy(packed.positions).to(device)
+    arrays = (packed.ids, packed.positions, packed.labelled, packed.labels)
+    ids, positions, labelled, labels = (to_device(torch.from_numpy(array), model.device) for array in arrays)
     states = model.states(ids, positions, Documents(packed.bounds))
-    labelled, labels = torch.from_numpy(packed.labelled).to(device), torch.from_numpy(packed.labels).to(device)
     return label_loss(states.index_select(0, labelled), model.head, labels, model.softcap)
 
 

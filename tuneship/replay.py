@@ -1,4 +1,4 @@
-"""A short pass as one CUDA graph.
+"""The passes of an update, forward and backward; a short one as one CUDA graph.
 
 A pass of two hundred tokens is three thousand small kernels: launching them takes the CPU longer
 than running them takes the card. Here a pass is captured once for each length, in steps of 64
@@ -13,11 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tuneship.data.packing import Pack, Plan
-from tuneship.kernels import gemma2
+from tuneship.data.packing import Pack, Plan, Tokens, cut, pack
+from tuneship.errors import TuneshipError
+from tuneship.kernels import gemma2, to_device
 from tuneship.kernels.head import label_loss
 from tuneship.kernels.reference import Bounds
+from tuneship.loss import answer_loss
 from tuneship.model import LoadedModel, trainable
+from tuneship.recipe import Train
 from tuneship.trainable import HandModel
 
 STEP = 64
@@ -25,6 +28,46 @@ STEP = 64
 MOST = 1024
 # Capturing costs about as much as this many passes.
 FEW_UPDATES = 20
+
+
+class Backward:
+    """The passes of an update: as long as the device holds, captured where they are short."""
+
+    def __init__(self, model: LoadedModel, tokens: Tokens, todo: Plan, train: Train) -> None:
+        self._model, self._tokens, self._todo, self._train = model, tokens, todo, train
+        lengths = tokens.lengths
+        longest = max(int(lengths[list(rows)].sum()) for update in todo.updates for rows in update)
+        self._replay = Replay(model) if worth(model, longest, todo) else None
+
+    def packs(self, step: int) -> list[Pack]:
+        """The passes of an update."""
+        update, most = self._todo.updates[step - 1], self._model.tokens_per_pass
+        if most is not None:
+            update = [rows for whole in update for rows in cut(whole, self._tokens.lengths, most)]
+        return [pack(self._tokens, rows) for rows in update]
+
+    def __call__(self, packed: Pack, share: float) -> Tensor:
+        """Adds the gradients of `share` times the pack's summed loss; returns that product, a scalar on the device.
+
+        Raises:
+            TuneshipError: the device's memory does not hold the pass.
+        """
+        try:
+            if self._replay is not None:
+                return self._replay.backward(packed, share)
+            loss = answer_loss(self._model, packed) * share
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        except torch.OutOfMemoryError as error:
+            raise TuneshipError(
+                f"the device's memory does not hold a forward and backward pass of {len(packed.ids)} tokens",
+                where=f"train.tokens_per_batch: {self._train.tokens_per_batch}",
+                fix="lower train.tokens_per_batch; then train.max_length, if rows are long",
+            ) from error
+
+    def clear(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clears the gradients; captured passes need theirs to stay where they are."""
+        optimizer.zero_grad(set_to_none=self._replay is None)
 
 
 def worth(model: LoadedModel, longest: int, todo: Plan) -> bool:
@@ -61,7 +104,7 @@ class Replay:
             self._captured[size] = self._capture({name: t.to(self.model.device) for name, t in filled.items()})
         captured = self._captured[size]
         for name, tensor in filled.items():
-            captured.inputs[name].copy_(tensor.pin_memory(), non_blocking=True)
+            captured.inputs[name].copy_(to_device(tensor, self.model.device))
         captured.graph.replay()
         return captured.loss
 

@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +32,11 @@ from tuneship import model as models
 from tuneship.checkpoint import Checkpoint
 from tuneship.console import progress, say
 from tuneship.data import heldout
-from tuneship.data.packing import Pack, Plan, Tokens, cut, pack, plan
+from tuneship.data.packing import Plan, Tokens, plan
 from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
 from tuneship.journal import Run, code_facts, put_in_place, read_json, read_run, write_json
 from tuneship.kernels import cpu
-from tuneship.loss import answer_loss, held_out_loss
+from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
 from tuneship.parallel import Gang
 from tuneship.prompt import Prompt
@@ -122,13 +123,18 @@ def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> T
     done = _resume(run, model, optimizer, mirror, gang)
     validation = _validation(run, model) if train.eval_steps and gang.first else None
     parameters = list(models.trainable(model).values())
-    backward = _Backward(model, tokens, todo, train)
+    backward = replay.Backward(model, tokens, todo, train)
     model.causal.train()
-    seen, began, loss = 0, time.monotonic(), math.nan
+    seen, began, loss, stopping = 0, time.monotonic(), math.nan, False
+    # Several processes must agree on the update after which they stop; one need not ask.
+    alone = gang.count == 1
+    # A GPU works on the next update while this process reads the last one's numbers.
+    ahead = 1 if model.device.type == "cuda" else 0
+    launched: deque[_Launched] = deque()
     with stop_flag() as stop, run.log() as log, progress("updates", len(todo), every=train.logging_steps) as shown:
         shown.advance(done)
+        told = began
         for step in range(done + 1, len(todo) + 1):
-            started = time.monotonic()
             # Dropout depends on the update's number, not on what happened before it.
             torch.manual_seed(train.seed * 1_000_003 + step)
             rate = learning_rate(step, len(todo), train)
@@ -140,34 +146,45 @@ def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> T
             summed = torch.zeros(2, device=model.device)
             for packed in gang.mine(packs):
                 summed[0] += backward(packed, 1 / labels)
-            # As late as possible: a signal during the passes ends this update, not the next.
             summed[1] = bool(stop)
             summed = gang.sum(parameters, summed)
             norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
             optimizer.step()
             backward.clear(optimizer)
-            # Only now: a GPU works on while the CPU waits here. A bad update is never saved.
-            loss, stopping, gradient = torch.cat([summed, norm.reshape(1)]).tolist()
-            if not (math.isfinite(loss) and math.isfinite(gradient)):
-                raise _not_a_number(step, loss, gradient, todo, run)
 
             size = sum(len(packed.ids) for packed in packs)
-            seen += size
-            last = step == len(todo)
-            if gang.first:
-                line = {"step": step, "loss": loss, "grad_norm": gradient, "lr": rate, "tokens": size}
-                if validation is not None and (last or step % train.eval_steps == 0):  # type: ignore[operator]
-                    line["validation_loss"] = held_out_loss(model, validation, tokens_per_batch=train.tokens_per_batch)
-                log.write(**line, seconds=round(time.monotonic() - started, 4))
-                shown.advance(1, f"loss {loss:.3f}  {seen / (time.monotonic() - began):,.0f} tokens/s")
-                if step % train.save_steps == 0 or last or stopping:
-                    log.sync()
-                    if mirror is not None:
-                        # Before the checkpoint: a retry finds a log that reaches as far, and cuts what is more.
-                        storage.put(run.metrics_file, f"{mirror}/{run.metrics_file.name}")
-                    state = Checkpoint(step, model.adapter_tensors(), _moments(model, optimizer), {"loss": loss})
-                    checkpoint.save(run.checkpoints, state, keep=train.save_total_limit, mirror=mirror)
-            if stopping and not last:
+            launched.append(_Launched(step, rate, size, torch.cat([summed, norm.reshape(1)])))
+            last, saves = step == len(todo), step % train.save_steps == 0
+            measures = train.eval_steps is not None and (last or step % train.eval_steps == 0)
+            stopping = stopping or (alone and bool(stop))
+            while launched and (len(launched) > ahead or last or saves or measures or stopping):
+                update = launched.popleft()
+                loss, stopped, gradient = update.numbers.tolist()
+                stopping = stopping or stopped > 0
+                if not (math.isfinite(loss) and math.isfinite(gradient)):
+                    raise _not_a_number(update.step, loss, gradient, todo, run)
+                seen += update.tokens
+                if gang.first:
+                    line = {"step": update.step, "loss": loss, "grad_norm": gradient, "lr": update.rate}
+                    if validation is not None and measures and not launched:
+                        line["validation_loss"] = held_out_loss(
+                            model, validation, tokens_per_batch=train.tokens_per_batch
+                        )
+                    now = time.monotonic()
+                    log.write(**line, tokens=update.tokens, seconds=round(now - told, 4))
+                    told = now
+                    shown.advance(1, f"loss {loss:.3f}  {seen / (now - began):,.0f} tokens/s")
+
+            stopping = stopping or (alone and bool(stop))
+            saves = saves or last or stopping
+            if gang.first and saves:
+                log.sync()
+                if mirror is not None:
+                    # Before the checkpoint: a retry finds a log that reaches as far, and cuts what is more.
+                    storage.put(run.metrics_file, f"{mirror}/{run.metrics_file.name}")
+                state = Checkpoint(step, model.adapter_tensors(), _moments(model, optimizer), {"loss": loss})
+                checkpoint.save(run.checkpoints, state, keep=train.save_total_limit, mirror=mirror)
+            if saves and not last and (stopping or (alone and stop)):
                 raise Stopped(
                     f"stopped by {stop.signal or 'a signal'} after update {step} of {len(todo)}; it is saved",
                     where=str(run.path),
@@ -177,6 +194,17 @@ def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> T
     if not gang.first:
         return Trained(str(run.adapter), len(todo), loss, speed)
     return _finish(run, model, prepared, todo, loss, speed)
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """An update that the device may still be working on."""
+
+    step: int
+    rate: float
+    tokens: int
+    numbers: Tensor
+    """On the device: loss, whether a process was told to stop, the gradient's norm."""
 
 
 def learning_rate(step: int, total: int, train: Train) -> float:
@@ -262,42 +290,6 @@ def _optimizer(model: LoadedModel, train: Train) -> torch.optim.AdamW:
         weight_decay=train.weight_decay,
         fused=True,
     )
-
-
-class _Backward:
-    """The passes of an update: as long as the device holds, captured where they are short."""
-
-    def __init__(self, model: LoadedModel, tokens: Tokens, todo: Plan, train: Train) -> None:
-        self._model, self._tokens, self._todo, self._train = model, tokens, todo, train
-        lengths = tokens.lengths
-        longest = max(int(lengths[list(rows)].sum()) for update in todo.updates for rows in update)
-        self._replay = replay.Replay(model) if replay.worth(model, longest, todo) else None
-
-    def packs(self, step: int) -> list[Pack]:
-        """The passes of an update."""
-        update, most = self._todo.updates[step - 1], self._model.tokens_per_pass
-        if most is not None:
-            update = [rows for whole in update for rows in cut(whole, self._tokens.lengths, most)]
-        return [pack(self._tokens, rows) for rows in update]
-
-    def __call__(self, packed: Pack, share: float) -> Tensor:
-        """Adds the gradients of `share` times the pack's summed loss; returns that product."""
-        try:
-            if self._replay is not None:
-                return self._replay.backward(packed, share)
-            loss = answer_loss(self._model, packed) * share
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-        except torch.OutOfMemoryError as error:
-            raise TuneshipError(
-                f"the device's memory does not hold a forward and backward pass of {len(packed.ids)} tokens",
-                where=f"train.tokens_per_batch: {self._train.tokens_per_batch}",
-                fix="lower train.tokens_per_batch; then train.max_length, if rows are long",
-            ) from error
-
-    def clear(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clears the gradients; captured passes need theirs to stay where they are."""
-        optimizer.zero_grad(set_to_none=self._replay is None)
 
 
 def _not_a_number(step: int, loss: float, norm: float, todo: Plan, run: Run) -> TuneshipError:

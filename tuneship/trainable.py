@@ -25,7 +25,7 @@ from tuneship import memory
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
-from tuneship.kernels import attention, gemma2, operations
+from tuneship.kernels import attention, gemma2, operations, to_device
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Documents, Layout
 from tuneship.kernels.frozen import Fp8, Frozen, Nf4, Plain
@@ -188,7 +188,7 @@ class HandModel(LoadedModel):
 def _bounds(layout: Documents, device: torch.device) -> Bounds:
     starts = torch.tensor(layout.bounds, dtype=torch.int32)
     lengths = starts.diff()
-    first, last = (edge.repeat_interleave(lengths).to(device, non_blocking=True) for edge in (starts[:-1], starts[1:]))
+    first, last = (to_device(edge.repeat_interleave(lengths), device) for edge in (starts[:-1], starts[1:]))
     return Bounds(first, last)
 
 

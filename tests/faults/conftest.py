@@ -53,7 +53,7 @@ def halfway_once(prepared: Case, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
     case = copied(prepared, tmp_path_factory.mktemp("halfway") / "run")
     # Two forward passes an update: this is in update 11.
-    assert case.train(prelude=at("tuneship.train.answer_loss", SIGTERM, call=21)).code == 75
+    assert case.train(prelude=at("tuneship.replay.answer_loss", SIGTERM, call=21)).code == 75
     return case.run
 
 

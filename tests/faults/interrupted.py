@@ -85,7 +85,7 @@ def copied(case: Case, folder: Path) -> Case:
 
 
 def at(target: str, do: str, *, call: int = 1) -> str:
-    """Python that runs `do` at the n-th call of a function: `at("tuneship.train.answer_loss", SIGTERM, call=3)`."""
+    """Python that runs `do` at the n-th call of a function: `at("tuneship.replay.answer_loss", SIGTERM, call=3)`."""
     return f"""
 import importlib, os, pkgutil, resource, signal
 target = {target!r}

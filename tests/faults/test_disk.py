@@ -35,7 +35,7 @@ def test_f5_a_checkpoint_that_does_not_fit(case: Case, halfway: Case, name: str)
     ("target", "call", "size"),
     [
         # Half a line more than the log has then.
-        ("tuneship.train.answer_loss", 13, "os.path.getsize('run/metrics.jsonl') + 20"),
+        ("tuneship.replay.answer_loss", 13, "os.path.getsize('run/metrics.jsonl') + 20"),
         ("tuneship.train.models.write_adapter", 1, "1000"),
         ("tuneship.prompt.write", 1, "1000"),
     ],

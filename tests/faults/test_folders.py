@@ -60,7 +60,7 @@ def test_f6_changed_rows_are_refused(halfway: Case, tmp_path: Path) -> None:
 def test_f7_a_second_process_is_refused_and_the_first_goes_on(case: Case) -> None:
     go = case.run.parent / "go"
     wait = f"\n        while not os.path.exists({str(go)!r}):\n            os.sched_yield()"
-    first = case.start(prelude=at("tuneship.train.answer_loss", wait, call=7))
+    first = case.start(prelude=at("tuneship.replay.answer_loss", wait, call=7))
     first.until(lambda: len(log(case.run)) == 3)
     for verb in ("train", "evaluate", "prepare"):
         second = case.start(verb=verb).wait()

@@ -39,9 +39,9 @@ def test_f1_ten_kills_at_random_instants(case: Case) -> None:
     ("target", "call"),
     [
         # The first forward pass; in update 3, before any checkpoint; in update 11.
-        ("tuneship.train.answer_loss", 1),
-        ("tuneship.train.answer_loss", 6),
-        ("tuneship.train.answer_loss", 21),
+        ("tuneship.replay.answer_loss", 1),
+        ("tuneship.replay.answer_loss", 6),
+        ("tuneship.replay.answer_loss", 21),
         # Each update's line is written before its checkpoint.
         ("tuneship.checkpoint.save", 1),
         ("tuneship.checkpoint.save", 3),

@@ -25,7 +25,7 @@ def test_f8_a_learning_rate_that_blows_up(case: Case) -> None:
 
 def test_f8_the_last_checkpoint_is_kept(case: Case) -> None:
     poison = "original(*arguments, **settings); return float('nan') * original(*arguments, **settings)"
-    finished = case.train(prelude=at("tuneship.train.answer_loss", poison, call=19))
+    finished = case.train(prelude=at("tuneship.replay.answer_loss", poison, call=19))
     assert finished.code == 1
     assert "error: update 10: the loss is nan" in finished.err
     assert "checkpoint step-9 is kept" in finished.err

@@ -29,10 +29,10 @@ def test_f2_sigterm_in_the_middle_of_an_update(case: Case) -> None:
 @pytest.mark.parametrize(
     ("prelude", "after"),
     [
-        (at("tuneship.train.answer_loss", SIGTERM, call=1), 1),
-        (at("tuneship.train.answer_loss", f"{SIGTERM}; {SIGTERM}", call=11), 6),
-        (at("tuneship.train.answer_loss", f"{SIGTERM}; {SIGINT}; {SIGTERM}", call=12), 6),
-        (at("tuneship.train.answer_loss", SIGINT, call=7), 4),
+        (at("tuneship.replay.answer_loss", SIGTERM, call=1), 1),
+        (at("tuneship.replay.answer_loss", f"{SIGTERM}; {SIGTERM}", call=11), 6),
+        (at("tuneship.replay.answer_loss", f"{SIGTERM}; {SIGINT}; {SIGTERM}", call=12), 6),
+        (at("tuneship.replay.answer_loss", SIGINT, call=7), 4),
         (at("tuneship.checkpoint.save_file", SIGTERM, call=1), 3),
         (at("tuneship.checkpoint.put_in_place", f"{SIGTERM}; {SIGTERM}", call=2), 6),
         (at("tuneship.train.held_out_loss", SIGTERM, call=1), EVAL),
@@ -49,7 +49,7 @@ def test_f3_signals_at_awkward_instants(case: Case, prelude: str, after: int) ->
 
 
 def test_f3_a_signal_in_the_last_update_finds_the_run_done(case: Case) -> None:
-    finished = case.train(prelude=at("tuneship.train.answer_loss", SIGTERM, call=2 * UPDATES))
+    finished = case.train(prelude=at("tuneship.replay.answer_loss", SIGTERM, call=2 * UPDATES))
     assert finished.code == 0
     assert outcome(case.run) == case.undisturbed
 
