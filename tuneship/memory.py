@@ -79,6 +79,8 @@ class Needs:
     adapters: int
     """Adapters in one layer, at most."""
     rank: int
+    mask_bytes: int
+    """Of dropout's masks in one layer, a token: kept whatever else is."""
 
     @classmethod
     def of(cls, config: dict[str, Any], lora: Lora, precision: str) -> Self:
@@ -99,7 +101,8 @@ class Needs:
         }
         tuned = layers if lora.layers_to_transform is None else len(lora.layers_to_transform)
         each = sum(lora.r * (outputs + width) for outputs, width in linears.values())
-        return cls(shape, layers, int(config["vocab_size"]), precision, tuned * each, len(linears), lora.r)
+        masks = sum(width for _, width in linears.values()) if lora.lora_dropout else 0
+        return cls(shape, layers, int(config["vocab_size"]), precision, tuned * each, len(linears), lora.r, masks)
 
     @property
     def weights(self) -> int:
@@ -134,7 +137,7 @@ class Needs:
         return Memory(
             self.weights,
             _ADAPTER_BYTES * self.adapter_weights,
-            self.layers * kept * tokens,
+            self.layers * (kept + self.mask_bytes) * tokens,
             max(layer * tokens + unpacked, head),
         )
 
