@@ -144,7 +144,7 @@ def test_a_training_pod_stopped_in_the_middle_goes_on(
     cloud: Cloud, samples: Path, undisturbed: dict[int, float], tmp_path: Path, number: int, code: int
 ) -> None:
     name = f"stopped-{code}"
-    create(cloud, samples, name)
+    create(cloud, samples, name, publish={"folder": f"gs://{BUCKET}/published/{name}"})
     workflow = cloud.workflows()[-1]
     run_id = f"argo-{workflow['metadata']['name']}"
 
@@ -177,4 +177,15 @@ def test_a_training_pod_stopped_in_the_middle_goes_on(
     page = card_data(seen["card"])
     assert "<iframe" in page and name in page
     assert seen["adapter"] == f"gs://{BUCKET}/{place}/adapter"
-    assert f"{place}/adapter/adapter_model.safetensors" in cloud.names(place)
+    for folder in (f"{place}/adapter", f"published/{name}"):
+        assert f"{folder}/adapter_model.safetensors" in cloud.names(folder)
+
+
+def test_rows_that_are_wrong_are_not_tried_again(cloud: Cloud, samples: Path, tmp_path: Path) -> None:
+    (samples / "bad.jsonl").write_text('{"question": "How many?", "context": "CREATE TABLE t (n INTEGER)"}\n')
+    create(cloud, samples, "wrong-rows", data={"dataset_name": str(samples / "bad.jsonl")})
+    workflow = cloud.workflows()[-1]
+    succeeded, attempts = run(workflow, cloud.template("wrong-rows"), cloud, tmp_path, keep=[samples])
+    assert not succeeded
+    assert pods(attempts) == [("start", 0, 0), ("prepare", 0, 2)], attempts[-1].log
+    assert "row 1" in attempts[-1].log and "answer" in attempts[-1].log
