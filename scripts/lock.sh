@@ -1,23 +1,32 @@
 #!/usr/bin/env bash
-# Resolves pyproject.toml again into requirements/*.lock, with hashes. torch stays out, and what a CUDA
-# build of it brings: builds differ from machine to machine, so torch.txt pins the version alone.
+# Resolves pyproject.toml again into requirements/*.lock and image/requirements.lock, with hashes. torch
+# stays out, and what a CUDA build of it brings: builds differ from machine to machine, so torch.txt pins
+# the version alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=${BIN:-.venv/bin}
-compile=("$bin/pip-compile" --quiet --strip-extras --generate-hashes --allow-unsafe --unsafe-package torch
-    --constraint requirements/torch.txt --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header)
-without_torch() {
-    python3 - "$1" <<'PYTHON'
+without() {
+    python3 - "$@" <<'PYTHON'
 import pathlib, re, sys
 
-file = pathlib.Path(sys.argv[1])
+file, names = pathlib.Path(sys.argv[1]), "|".join(sys.argv[2:])
 entries = re.split(r"(?m)^(?=[a-z0-9#])", file.read_text())
-file.write_text("".join(e for e in entries if not re.match(r"(torch|triton|nvidia-[\w-]+|cuda-\w+)==", e)))
+file.write_text("".join(entry for entry in entries if not re.match(rf"({names})==", entry)))
 PYTHON
 }
-"$bin/pip" install --quiet pip-tools
-"${compile[@]}" --extra train --extra flow --extra serve --extra gke \
+cuda=(torch 'nvidia-[\w-]+' 'cuda-\w+')
+compile=("$bin/uv" pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate
+    --constraint requirements/torch.txt)
+"$bin/pip" install --quiet uv
+rm -f requirements/laptop.lock requirements/dev.lock image/requirements.lock
+"${compile[@]}" --universal --python-version 3.11 --extra train --extra flow --extra serve --extra gke \
     --output-file requirements/laptop.lock pyproject.toml requirements/overrides.in
-without_torch requirements/laptop.lock
-"${compile[@]}" --extra dev --constraint requirements/laptop.lock \
+without requirements/laptop.lock "${cuda[@]}" triton
+# Here Triton stays, of the release that torch asks for: its interpreter tests the GPU's kernels.
+"${compile[@]}" --universal --python-version 3.11 --extra dev --constraint requirements/laptop.lock \
     --output-file requirements/dev.lock pyproject.toml
+without requirements/dev.lock "${cuda[@]}"
+"${compile[@]}" --python-version 3.12 --python-platform x86_64-manylinux_2_28 \
+    --extra train --extra flow --extra serve --extra gke --constraint requirements/laptop.lock \
+    --output-file image/requirements.lock pyproject.toml image/requirements.in
+without image/requirements.lock "${cuda[@]}" triton
