@@ -31,6 +31,7 @@ from typing import Any
 import aiohttp
 
 from tuneship import base, journal, prompt
+from tuneship.cluster.serving import lora_rank
 from tuneship.journal import Run
 from tuneship.serve.adapter import find
 
@@ -138,7 +139,8 @@ def measure(given: argparse.Namespace, run: Run, merged: bool) -> dict[str, list
         argv += ["--model", str(folder), "--served-model-name", found.name]
     else:
         argv += ["--model", str(files.folder), "--served-model-name", "base", "--enable-lora"]
-        argv += ["--max-lora-rank", str(given.max_lora_rank), "--lora-modules", f"{found.name}={folder}"]
+        rank = lora_rank(journal.read_json(folder / "adapter_config.json")["r"])
+        argv += [f"--max-lora-rank={rank}", "--lora-modules", f"{found.name}={folder}"]
     front = [sys.executable, "-m", "tuneship.cli", "serve", str(folder), "--engine", engine]
     front += ["--port", gateway.rpartition(":")[2]]
     bodies = requests(run, found.name, given.requests, given.max_tokens)
@@ -158,7 +160,6 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run's folder, evaluated and exported")
     parser.add_argument("--python", default=sys.executable, help="an interpreter that has vLLM")
     parser.add_argument("--engine-args", default="", help="more of vLLM's arguments")
-    parser.add_argument("--max-lora-rank", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64, help="of a round")
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=64)

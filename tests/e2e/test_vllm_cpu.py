@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 from zygote import until
 
 from tuneship import journal, prompt
+from tuneship.cluster.serving import lora_rank, vllm_args
 
 VLLM = os.environ.get("TUNESHIP_VLLM_PYTHON", "")
 pytestmark = pytest.mark.skipif(not VLLM, reason="TUNESHIP_VLLM_PYTHON names no interpreter that has vLLM")
@@ -310,7 +311,8 @@ def test_smollm2_with_an_adapter(tmp_path: Path) -> None:
     changes = ["train.max_steps=8", "data.dataset_limit=100", "evaluate.max_rows=6", "evaluate.few_shot=0"]
     trained = train(tmp_path / "run", recipe.load("tiny", overrides=[*changes, "evaluate.max_new_tokens=24"]))
     files = base.resolve(journal.read_run(trained).recipe.model)
-    lora = ["--enable-lora", "--max-lora-rank", "16", "--lora-modules", f"tiny={trained / 'adapter'}"]
+    rank = lora_rank(journal.read_json(trained / "adapter" / "adapter_config.json")["r"])
+    lora = ["--enable-lora", f"--max-lora-rank={rank}", "--lora-modules", f"tiny={trained / 'adapter'}"]
     prompts, answers = measured(trained)
     with vllm(files.folder, *lora) as engine, gateway(trained, engine) as server:
         said = greedy(server, prompts)
@@ -324,8 +326,6 @@ def test_vllm_takes_what_the_manifests_say() -> None:
     """The parser alone: the release that the manifests name runs on GPUs."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "infra"))
     from serving_example import adapter, served, settings
-
-    from tuneship.cluster.serving import vllm_args
 
     parse = """
 import json, sys

@@ -170,6 +170,24 @@ def test_the_one_before_stays_at_hand(run: Path, target: Target, kubectl: Kubect
     assert kubectl.record()["history"][-1].endswith(f"rolled back to {name(run)}: worse in the demo")
 
 
+def test_one_that_is_still_loaded_is_waited_for(run: Path, target: Target, kubectl: Kubectl) -> None:
+    other = another(run)
+    for each in (run, other):
+        deploy(str(each), target, sleep=wait)
+    with pytest.raises(Waited):
+        deploy(str(run), target, sleep=wait)
+    assert shares(kubectl) == {name(run): 100, name(other): 0}
+
+
+def test_a_merged_model_is_rolled_back_by_its_pods(run: Path, target: Target, kubectl: Kubectl) -> None:
+    deploy(str(run), target, merged=True)
+    journal.write_json(run / "merged" / "config.json", {"another": True})
+    deploy(str(run), target, merged=True)
+    (run / "merged" / "config.json").unlink()
+    assert roll_back(target, sleep=wait).serving == name(run, "merged")
+    assert kubectl.changes[-1][:2] == ["rollout", "status"]
+
+
 class Waited(Exception):
     pass
 

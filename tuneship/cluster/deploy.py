@@ -108,6 +108,9 @@ def deploy(
         return after
     _rolled_out(target, before, after)
     if canary is None:
+        if before is not None and before.loaded == after.loaded:
+            # No pod started anew, so the shares have yet to reach them.
+            trial.settled(target.kubectl, after, sleep=sleep)
         say(f"{after.model} is served by {after.serving}")
         return after
     say(f"{after.canary} has {canary} % of the requests for {after.model}")

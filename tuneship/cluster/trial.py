@@ -121,6 +121,9 @@ def settled(kubectl: Kubectl, served: Served, *, sleep: Callable[[float], None] 
     Raises:
         OutsideError: they have not, after a while.
     """
+    if served.adapters[served.serving].merged:
+        # It has no shares: its pods are new ones.
+        return
     wanted = {name: share / 100 for name, share in served.shares.items()}
     for _ in range(round(SETTLES_WITHIN_S / 5)):
         shares = [_shares(metrics) for metrics in _metrics(kubectl).values()]
