@@ -140,4 +140,3 @@ def _load(folder: Path, step: int) -> Checkpoint:
         load_file(folder / "optimizer.safetensors"),
         read_json(folder / "state.json"),
     )
-
