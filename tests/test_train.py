@@ -17,10 +17,8 @@ import tiny
 import torch
 from transformers import TrainingArguments, get_scheduler
 
-from tuneship import journal, prompt
+from tuneship import journal, prompt, replay
 from tuneship import model as models
-from tuneship import replay
-from tuneship import train as training
 from tuneship.base import BaseFiles
 from tuneship.data import heldout
 from tuneship.data.packing import Tokens, plan
