@@ -43,7 +43,12 @@ def test_a_run_arrives_as_it_left(trained: Path, tmp_path: Path) -> None:
 
 
 def test_nothing_half_sent_is_taken_for_whole(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A file that the alphabet would put after the mark.
+    (trained / "adapter" / "vocab.json").write_text("{}")
     whole, send = files(trained), storage.put
+    prepared = shutil.copytree(
+        trained, tmp_path / "prepared", ignore=shutil.ignore_patterns("adapter", "metrics.jsonl")
+    )
     for allowed in range(len(whole)):
         sent = 0
 
@@ -54,8 +59,12 @@ def test_nothing_half_sent_is_taken_for_whole(trained: Path, tmp_path: Path, mon
                 raise KeyboardInterrupt
             return send(file, uri)
 
-        monkeypatch.setattr(storage, "put", cut_off)
         place, folder = Kept(str(tmp_path / f"bucket-{allowed}"), ""), tmp_path / f"pod-{allowed}"
+        # Every other time, prepare has brought its part before.
+        if allowed % 2:
+            monkeypatch.setattr(storage, "put", send)
+            kept.bring_back(prepared, place)
+        monkeypatch.setattr(storage, "put", cut_off)
         try:
             kept.bring_back(trained, place)
         except KeyboardInterrupt:

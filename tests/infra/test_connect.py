@@ -56,8 +56,12 @@ def test_port_forwards_that_die_are_started_again(
     stop = threading.Event()
 
     def end_it() -> None:
-        until(lambda: sum("argo-server" in call for call in tools.calls) == 4 and len(tools.calls) == 5)
-        stop.set()
+        try:
+            until(
+                lambda: sum("argo-server" in call for call in tools.calls) == 4 and len(tools.calls) == 5, deadline_s=20
+            )
+        finally:
+            stop.set()
 
     watcher = threading.Thread(target=end_it)
     watcher.start()
