@@ -7,7 +7,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check faults bench docs lock clean
+.PHONY: help demo test check e2e faults bench docs lock clean
 
 help: ## This text
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,8 +26,11 @@ check: .venv/dev ## Formatting, lint, types, floors, generated files
 	$(BIN)/python scripts/make_text_to_sql.py --check
 	$(BIN)/python scripts/make_recipe_reference.py --check
 
-faults: .venv/dev ## Kill, damage and starve runs until they would break
-	$(BIN)/pytest tests/faults
+e2e: .venv/dev ## The compiled flow pod by pod; vLLM where TUNESHIP_VLLM_PYTHON names a Python that has it
+	$(BIN)/pytest tests/e2e
+
+faults: .venv/dev ## Kill, damage and starve runs until they would break, and ten minutes of load
+	TUNESHIP_SOAK_SECONDS=600 $(BIN)/pytest tests/faults
 
 bench: .venv/laptop ## The README's figures for this machine
 	$(BIN)/python bench/laptop.py

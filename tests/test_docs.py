@@ -31,8 +31,6 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 LEAST = "model: {model_name_or_path: a/b}\ndata: {dataset_name: c/d}\n"
 # What a page may name with a path; runs/, say, is the reader's.
 OURS = {path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("runs", "build", "dist")}
-# A verb is promised by the design, and its issue is open.
-PROMISED = {"image", "submit"}
 
 
 def name(page: Path) -> str:
@@ -71,7 +69,7 @@ def parse(words: list[str]) -> str | None:
         return None
     verb = group.commands.get(words[0])  # type: ignore[attr-defined]
     if verb is None:
-        return None if words[0] in PROMISED else f"no verb {words[0]}"
+        return f"no verb {words[0]}"
     if "--help" in words:
         return None
     try:
