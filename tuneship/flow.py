@@ -237,11 +237,11 @@ def _stage(flow: FinetuneFlow) -> Iterator[Run]:
             if place:
                 kept.bring_back(folder, place)
     except TuneshipError as error:
-        print(f"error: {error}", file=sys.stderr)
         if file := os.environ.get(ERROR_FILE):
-            write_json(
-                Path(file), {"exit_code": error.exit_code, "what": error.what, "where": error.where, "fix": error.fix}
-            )
+            # Whoever started the flow says it.
+            write_json(Path(file), error.to_dict())
+        else:
+            print(f"error: {error}", file=sys.stderr)
         if place and error.exit_code != 1:
             sys.exit(error.exit_code)
         sys.exit(1 if isinstance(error, OutsideError) else METAFLOW_EXIT_DISALLOW_RETRY)

@@ -18,10 +18,8 @@ from typing import Any
 import psutil
 
 from tuneship import journal
-from tuneship.errors import GateError, InputError, OutsideError, Stopped, TuneshipError
+from tuneship.errors import TuneshipError, from_dict
 from tuneship.recipe import Recipe
-
-_BY_CODE = {kind.exit_code: kind for kind in (InputError, OutsideError, GateError, Stopped)}
 
 
 def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -41,9 +39,7 @@ def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, 
         error_file = Path(scratch) / "error.json"
         code = _run(["--config", "config", str(config), "run"], error_file)
         if error_file.exists():
-            error = journal.read_json(error_file)
-            kind = _BY_CODE.get(error["exit_code"], TuneshipError)
-            raise kind(error["what"], where=error["where"], fix=error["fix"])
+            raise from_dict(journal.read_json(error_file))
         if code != 0:
             raise TuneshipError("the flow failed; its own lines above say why", where=str(folder))
     evaluation: dict[str, Any] = journal.read_json(folder / "evaluation.json")
