@@ -102,9 +102,9 @@ def test_commands_in_sentences_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_make_targets_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", text_of(ROOT / "Makefile"), re.MULTILINE))
     lines = [line for _, block in blocks(text_of(page)) for line in block.splitlines()] + inline(text_of(page))
-    named = {found[1] for line in lines if (found := re.match(r"(?:\$ )?make ([a-z-]+)", line))}
+    named = {found[1] for line in lines if (found := re.match(r"(?:\$ )?make ([a-z0-9-]+)", line))}
     assert named <= targets
 
 
