@@ -35,7 +35,7 @@ JSON
 echo
 echo
 echo "== tuneship ask $address, and run the answer on rows made up from the context"
-tuneship ask "$address" 'Which museums in Berlin were founded before 1900? Show their names and founding years.' \
+tuneship ask "$address" 'For each city, how many museums are there?' \
     --context "CREATE TABLE museums (museum_id INTEGER, museum_name VARCHAR, city VARCHAR, founding_year INTEGER)" --run
 
 echo
