@@ -12,6 +12,7 @@ import pytest
 
 from tuneship import journal, parallel
 from tuneship.errors import InputError, Stopped
+from tuneship.parallel import Gang
 from tuneship.prepare import prepare
 from tuneship.recipe import Recipe
 from tuneship.train import train
@@ -38,7 +39,7 @@ def test_two_processes_learn_what_one_learns(make_recipe: MakeRecipe, tmp_path: 
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def _refuse() -> None:
+def _refuse(_: Gang) -> None:
     raise InputError("no such thing", where="here", fix="another")
 
 
@@ -48,10 +49,10 @@ def test_a_workers_error_is_the_parents() -> None:
     assert (caught.value.what, caught.value.where, caught.value.fix) == ("no such thing", "here", "another")
 
 
-def _wait(folder: str) -> None:
+def _wait(gang: Gang, folder: str) -> None:
     from tuneship.signals import stop_flag
 
-    with stop_flag() as stop, parallel.group() as gang:
+    with stop_flag() as stop:
         (Path(folder) / str(gang.rank)).touch()
         while not stop:
             signal.sigtimedwait([], 0.01)

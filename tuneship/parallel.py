@@ -1,7 +1,6 @@
 """Data parallelism over the GPUs of one host: one process each, the adapters' gradients summed.
 
-    start(worker, arguments, processes=2)      in the parent; worker(*arguments) runs in each
-    with group() as gang: …                    in a worker
+    start(worker, arguments, processes=2)      in the parent; worker(gang, *arguments) runs in each
         gang.mine(passes)                      its share of an update's passes
         gang.sum(parameters, loss)             one all-reduce an update
 
@@ -12,12 +11,10 @@ number of GPUs only how fast. NCCL on GPUs, Gloo on CPUs.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -68,7 +65,7 @@ class Gang:
 
 
 def start(worker: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
-    """Runs `worker(*arguments)` in so many processes, and waits. A SIGTERM or ctrl-C is passed on to them.
+    """Runs `worker(gang, *arguments)` in so many processes, and waits. A SIGTERM or ctrl-C is passed on to them.
 
     Raises:
         TuneshipError: the error that ended the first of them that failed, of its own kind.
@@ -97,32 +94,21 @@ def start(worker: Callable[..., None], arguments: tuple[Any, ...], *, processes:
 
 
 def _run(rank: int, worker: Callable[..., None], arguments: tuple[Any, ...], count: int, scratch: str) -> None:
+    device = None
     if torch.cuda.is_available():
-        torch.cuda.set_device(rank)
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(count)
-    os.environ["TUNESHIP_RENDEZVOUS"] = f"file://{scratch}/rendezvous"
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "gloo" if device is None else "nccl",
+        init_method=f"file://{scratch}/rendezvous",
+        rank=rank,
+        world_size=count,
+        device_id=device,
+    )
     try:
-        worker(*arguments)
+        worker(Gang(rank, count), *arguments)
     except TuneshipError as error:
         (Path(scratch) / _ERROR.format(rank)).write_text(json.dumps(error.to_dict()), encoding="utf-8")
         sys.exit(error.exit_code)
-
-
-@contextmanager
-def group() -> Iterator[Gang]:
-    """The processes that `start` made; this one alone where it did not."""
-    if "TUNESHIP_RENDEZVOUS" not in os.environ:
-        yield Gang()
-        return
-    gang = Gang(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=os.environ["TUNESHIP_RENDEZVOUS"],
-        rank=gang.rank,
-        world_size=gang.count,
-        device_id=torch.device("cuda", gang.rank) if torch.cuda.is_available() else None,
-    )
-    try:
-        yield gang
     finally:
         dist.destroy_process_group()

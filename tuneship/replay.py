@@ -35,9 +35,9 @@ class Backward:
 
     def __init__(self, model: LoadedModel, tokens: Tokens, todo: Plan, train: Train) -> None:
         self._model, self._tokens, self._todo, self._train = model, tokens, todo, train
-        lengths = tokens.lengths
-        longest = max(int(lengths[list(rows)].sum()) for update in todo.updates for rows in update)
-        self._replay = Replay(model) if worth(model, longest, todo) else None
+        # Where a capture can be worth it, the device's room is known, and no pass is longer.
+        most = model.tokens_per_pass
+        self._replay = Replay(model) if most is not None and worth(model, most, todo) else None
 
     def packs(self, step: int) -> list[Pack]:
         """The passes of an update."""

@@ -84,37 +84,46 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
     models.check_architecture(files)
     models.check_lora(files, recipe.lora)
     _check_length(files, recipe.train)
+    job = _Job(files, tokens, prepared, todo, mirror)
     count = recipe.train.num_processes
     if count == 1:
-        return _train(run, files, mirror, Gang())
+        return _train(run, job, Gang())
     _check_processes(count)
-    parallel.start(_worker, (run.path, files, mirror), processes=count)
+    parallel.start(_worker, (run.path, job), processes=count)
     finished = _finished(run, todo)
     assert finished is not None
     return finished
 
 
-def _worker(folder: Path, files: base.BaseFiles, mirror: str | None) -> None:
+@dataclass(frozen=True)
+class _Job:
+    """What has been read and checked before any process trains."""
+
+    files: base.BaseFiles
+    tokens: Tokens
+    prepared: dict[str, Any]
+    todo: Plan
+    mirror: str | None
+
+
+def _worker(gang: Gang, folder: Path, job: _Job) -> None:
     """One of several processes; the one that started them holds the run's lock."""
-    with parallel.group() as gang, ExitStack() as stack:
+    with ExitStack() as stack:
         if not gang.first:
             # What it would say, the first says.
             stack.enter_context(contextlib.redirect_stderr(stack.enter_context(Path(os.devnull).open("w"))))
-        _train(read_run(folder), files, mirror, gang)
+        _train(read_run(folder), job, gang)
 
 
-def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> Trained:
-    recipe, train = run.recipe, run.recipe.train
-    tokens, prepared = _prepared(run)
-    _same_base(files, prepared["base"])
-    todo = plan(tokens.lengths, train)
+def _train(run: Run, job: _Job, gang: Gang) -> Trained:
+    recipe, train, tokens, todo, mirror = run.recipe, run.recipe.train, job.tokens, job.todo, job.mirror
     cpu.keep_memory()
     model = trainable.load(
-        files,
+        job.files,
         recipe.model.precision,
         recipe.lora,
         seed=train.seed,
-        tokens=max(sum(int(tokens.lengths[row]) for row in rows) for update in todo.updates for rows in update),
+        tokens=todo.longest(tokens.lengths),
         longest=int(tokens.lengths.max()),
     )
     optimizer = _optimizer(model, train)
@@ -193,7 +202,7 @@ def _train(run: Run, files: base.BaseFiles, mirror: str | None, gang: Gang) -> T
     speed = seen / (time.monotonic() - began) if seen else 0.0
     if not gang.first:
         return Trained(str(run.adapter), len(todo), loss, speed)
-    return _finish(run, model, prepared, todo, loss, speed)
+    return _finish(run, model, job.prepared, todo, loss, speed)
 
 
 @dataclass(frozen=True)

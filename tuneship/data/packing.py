@@ -116,6 +116,10 @@ class Plan:
     def __len__(self) -> int:
         return len(self.updates)
 
+    def longest(self, lengths: NDArray[np.int64]) -> int:
+        """Tokens of the longest forward pass."""
+        return max(int(lengths[list(rows)].sum()) for update in self.updates for rows in update)
+
     def rows(self) -> Iterator[int]:
         """All rows in the order in which they are seen."""
         return (row for update in self.updates for rows in update for row in rows)
