@@ -87,14 +87,8 @@ class Needs:
         """From a Gemma 2's config.json and a recipe."""
         shape = Shape.of(config)
         layers = int(config["num_hidden_layers"])
-        inputs = {
-            "qkv": shape.width,
-            "o": shape.heads * shape.head_dim,
-            "gate_up": shape.width,
-            "down": shape.feed_forward,
-        }
         linears = {
-            name: (end - start, inputs[product])
+            name: (end - start, shape.inputs[product])
             for product, parts in shape.parts.items()
             for name, start, end in parts
             if lora.target_modules == "all-linear" or name in lora.target_modules

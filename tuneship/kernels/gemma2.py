@@ -71,6 +71,16 @@ class Shape:
             "down": [("down_proj", 0, self.width)],
         }
 
+    @property
+    def inputs(self) -> dict[str, int]:
+        """Fused product → the width of what it multiplies."""
+        return {
+            "qkv": self.width,
+            "o": self.heads * self.head_dim,
+            "gate_up": self.width,
+            "down": self.feed_forward,
+        }
+
 
 @dataclass
 class Layer:
@@ -248,10 +258,7 @@ class _Layer(torch.autograd.Function):
         low = _Low(adapters, weights, x.dtype)
         masks = {}
         if any(adapter.dropout for adapter in adapters):
-            shape = layer.shape
-            attended = shape.heads * shape.head_dim
-            widths = {"qkv": shape.width, "o": attended, "gate_up": shape.width, "down": shape.feed_forward}
-            masks = {name: low.masks(name, x.new_empty(len(x), width)) for name, width in widths.items()}
+            masks = {name: low.masks(name, x.new_empty(len(x), width)) for name, width in layer.shape.inputs.items()}
         out, kept = _forward(x, layer, of, low, masks)
         kept |= {f"inner {index}": tensor for index, tensor in low.inner.items()}
         if keep == "input":
