@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import tuneship
-from tuneship.errors import InputError, OutsideError, TuneshipError
+from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 from tuneship.recipe import Recipe, validate
 
 # The sections that decide what the weights become. The others may change between two commands.
@@ -80,6 +80,27 @@ class Run:
         if self.metrics_file.exists():
             kept = [line for line in self.metrics() if line["step"] <= step]
             write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def gate(self, force: str) -> dict[str, Any]:
+        """The evaluation, if its gate has passed; with a reason to go on all the same, whatever there is.
+
+        Raises:
+            GateError: it did not pass, or nothing was evaluated, and no reason is given.
+        """
+        evaluation: dict[str, Any] = read_json(self.evaluation_file) if self.evaluation_file.is_file() else {}
+        if force:
+            return evaluation
+        if not evaluation:
+            raise GateError(
+                "nothing was evaluated", where=str(self.path), fix="tuneship evaluate RECIPE, or --force with a reason"
+            )
+        if not evaluation["gate"]["passed"]:
+            raise GateError(
+                "the gate said no: " + "; ".join(evaluation["gate"]["reasons"]),
+                where=str(self.evaluation_file),
+                fix="train longer or on more rows, lower evaluate.gate, or --force with a reason",
+            )
+        return evaluation
 
     @contextmanager
     def log(self) -> Iterator[MetricsLog]:

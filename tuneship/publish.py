@@ -16,8 +16,8 @@ from typing import Any
 
 from tuneship import hub, storage
 from tuneship.console import say
-from tuneship.errors import GateError, InputError, OutsideError
-from tuneship.journal import Run, read_json, write_text
+from tuneship.errors import InputError, OutsideError
+from tuneship.journal import Run, read_json, sha256_file, write_text
 
 PROVENANCE = "tuneship.json"
 
@@ -38,7 +38,7 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if settings.folder is None and settings.hub_model_id is None:
         say("nothing to publish: the recipe names neither publish.folder nor publish.hub_model_id")
         return {}
-    evaluation = _gate(run, force)
+    evaluation = run.gate(force)
     source = run.merged if settings.merged else run.adapter
     if not (source / PROVENANCE).exists():
         missing, verb = ("merged model", "export") if settings.merged else ("adapter", "train")
@@ -50,27 +50,10 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
         _check_destination(settings.folder, run, update)
         sent = storage.upload(parcel, settings.folder, last=PROVENANCE)
         say(f"published to {settings.folder}" if sent else f"already published: {settings.folder}")
-        done[settings.folder] = hashlib.sha256((parcel / PROVENANCE).read_bytes()).hexdigest()
+        done[settings.folder] = sha256_file(parcel / PROVENANCE)
     if settings.hub_model_id is not None:
         done[settings.hub_model_id] = _to_hub(parcel, run, update)
     return done
-
-
-def _gate(run: Run, force: str) -> dict[str, Any]:
-    evaluation: dict[str, Any] = read_json(run.evaluation_file) if run.evaluation_file.exists() else {}
-    if force:
-        return evaluation
-    if not evaluation:
-        raise GateError(
-            "nothing was evaluated", where=str(run.path), fix="tuneship evaluate RECIPE, or --force with a reason"
-        )
-    if not evaluation["gate"]["passed"]:
-        raise GateError(
-            "the gate said no: " + "; ".join(evaluation["gate"]["reasons"]),
-            where=str(run.evaluation_file),
-            fix="train longer or on more rows, lower evaluate.gate, or --force with a reason",
-        )
-    return evaluation
 
 
 def _pack(source: Path, parcel: Path, text: str) -> None:

@@ -93,7 +93,11 @@ def need(*tools: str) -> None:
     """
     for tool in tools:
         if shutil.which(tool) is None:
-            raise OutsideError(f"{tool} is not installed", where="PATH", fix=INSTALL[tool])
+            raise _missing(tool)
+
+
+def _missing(tool: str) -> OutsideError:
+    return OutsideError(f"{tool} is not installed", where="PATH", fix=INSTALL[tool])
 
 
 def read(*argv: str, text: str | None = None) -> str:
@@ -105,7 +109,7 @@ def read(*argv: str, text: str | None = None) -> str:
     try:
         done = subprocess.run(argv, input=text or "", capture_output=True, text=True, check=False)
     except FileNotFoundError:
-        raise OutsideError(f"{argv[0]} is not installed", where="PATH", fix=INSTALL[argv[0]]) from None
+        raise _missing(argv[0]) from None
     if done.returncode != 0:
         complain(argv, done.stderr or done.stdout)
     return done.stdout
@@ -135,7 +139,7 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
             text=True,
         )
     except FileNotFoundError:
-        raise OutsideError(f"{argv[0]} is not installed", where="PATH", fix=INSTALL[argv[0]]) from None
+        raise _missing(argv[0]) from None
     said: list[str] = []
     with process:
         if text is not None:

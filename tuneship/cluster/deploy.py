@@ -19,7 +19,6 @@ Not covered: two who deploy at the same moment; the later record wins.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import secrets
 import tempfile
@@ -41,7 +40,7 @@ from tuneship.cluster.render import Files
 from tuneship.cluster.served import CONFIG_MAP, Adapter, Served, Settings
 from tuneship.console import say
 from tuneship.errors import GateError, InputError, OutsideError
-from tuneship.journal import Run, read_json
+from tuneship.journal import Run, read_json, sha256_file
 
 DEPLOYMENT = "deployment/vllm-gemma-deployment"
 KEYS = "gateway-keys"
@@ -90,7 +89,8 @@ def deploy(
     """
     before = None if fresh else read(target.kubectl)
     with _opened(where, merged) as (run, uri):
-        score = _gate(run, force)
+        evaluation = run.gate(force)
+        score = float(evaluation["scores"][-1]["score"]) if evaluation else None
         part = run.merged if merged else run.adapter
         if not (part / "tuneship.json").is_file():
             verb = "export" if merged else "train"
@@ -189,27 +189,6 @@ def _opened(where: str, merged: bool) -> Iterator[tuple[Run, str | None]]:
         yield run, where.rstrip("/")
 
 
-def _gate(run: Run, force: str) -> float | None:
-    """The evaluation's score.
-
-    Raises:
-        GateError: it did not pass, or there is none, and no reason is given.
-    """
-    evaluation = read_json(run.evaluation_file) if run.evaluation_file.is_file() else None
-    if not force:
-        if evaluation is None:
-            raise GateError(
-                "nothing was evaluated", where=str(run.path), fix="tuneship evaluate RECIPE, or --force with a reason"
-            )
-        if not evaluation["gate"]["passed"]:
-            raise GateError(
-                "the gate said no: " + "; ".join(evaluation["gate"]["reasons"]),
-                where=str(run.evaluation_file),
-                fix="train longer or on more rows, or --force with a reason",
-            )
-    return float(evaluation["scores"][-1]["score"]) if evaluation is not None else None
-
-
 def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | None, force: str) -> Adapter:
     base = read_json(part / "tuneship.json")["base"]
     merged = part == run.merged
@@ -226,7 +205,7 @@ def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | 
         revision=base["revision"],
         rank=rank,
         merged=merged,
-        contract=hashlib.sha256((part / prompt.FILE).read_bytes()).hexdigest(),
+        contract=sha256_file(part / prompt.FILE),
         serve=run.recipe.serve,
         score=score,
         forced=force,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tuneship import hub, storage
 from tuneship.errors import InputError, TuneshipError
-from tuneship.journal import read_json, write_json
+from tuneship.journal import read_json, sha256_file, write_json
 
 DIGITS = 12
 HUB = "hf://"
@@ -67,7 +67,7 @@ def digest(part: Path) -> str:
     total = hashlib.sha256()
     for file in sorted(part.iterdir()):
         if file.name in _CONTRACT if part.name == "merged" else file.suffix in (".json", ".safetensors"):
-            total.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            total.update(f"{file.name} {sha256_file(file)}\n".encode())
     return total.hexdigest()
 
 

@@ -63,7 +63,11 @@ class Terraform:
         Raises:
             InputError: nothing was.
         """
-        return outputs.read(read("terraform", f"-chdir={self.folder}", "output", "-json"))
+        return outputs.read(self.output())
+
+    def output(self) -> str:
+        """What was built, as Terraform tells it: JSON."""
+        return read("terraform", f"-chdir={self.folder}", "output", "-json")
 
     def untouched(self) -> bool:
         """Whether no destroy has begun: it takes protection.tf's resource first. An apply would build the rest anew."""
@@ -137,7 +141,7 @@ def up(terraform: Terraform, target: Path, confirm: Callable[[str], bool]) -> No
         terraform.change("apply", "-input=false", plan)
     say(f"$ terraform -chdir={terraform.folder} output -json > {shlex.quote(str(target))}")
     if not terraform.dry_run:
-        text = read("terraform", f"-chdir={terraform.folder}", "output", "-json")
+        text = terraform.output()
         outputs.read(text)
         target.write_text(text, encoding="utf-8")
 

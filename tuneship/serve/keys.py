@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 from pathlib import Path
 
 from tuneship.errors import InputError, OutsideError
+from tuneship.serve.files import stamp
 
 # A guess at 2^30 a second would take centuries.
 SHORTEST = 16
@@ -29,7 +29,7 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen = self._stamp()
+        self._seen = stamp(self._path)
         if self._seen is None:
             raise OutsideError(
                 "the file of API keys is missing", where=str(path), fix="mount it, or serve with --no-auth"
@@ -53,21 +53,14 @@ class KeyFile:
         return self._keys[0].decode()
 
     def _renew(self) -> None:
-        stamp = self._stamp()
-        if stamp is not None and stamp != self._seen:
+        now = stamp(self._path)
+        if now is not None and now != self._seen:
             try:
                 self._keys = self._read()
             except (OutsideError, InputError):
                 # Half-written or half-mounted: looked at again with the next request.
                 return
-            self._seen = stamp
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            stat = os.stat(self._path)
-        except OSError:
-            return None
-        return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            self._seen = now
 
     def _read(self) -> list[bytes]:
         try:

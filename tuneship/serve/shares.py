@@ -16,7 +16,6 @@ Not covered: a user who stays with one adapter; each request is drawn for itself
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import AsyncGenerator, Collection, Sequence
@@ -30,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuneship.errors import InputError, OutsideError
 from tuneship.serve.engine import Engine, Piece, Usage, Wanted
+from tuneship.serve.files import stamp
 from tuneship.serve.shapes import ApiError
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -61,7 +61,7 @@ class Shares:
     ) -> None:
         self._engine, self._file, self._adapters = engine, file, adapters
         self._draw = draw or random.Random()  # noqa: S311 - a share, not a secret
-        self._seen = self._stamp()
+        self._seen = stamp(self._file)
         self._split = self._read()
         self.failed: asyncio.Event = engine.failed
         self._registry = registry = CollectorRegistry()
@@ -149,22 +149,15 @@ class Shares:
             self._seconds.labels(name).inc(time.monotonic() - begin)
 
     def _renew(self) -> None:
-        stamp = self._stamp()
-        if stamp is not None and stamp != self._seen:
+        now = stamp(self._file)
+        if now is not None and now != self._seen:
             try:
                 split = self._read()
             except (InputError, OutsideError):
                 # Half-written or half-mounted: looked at again with the next request.
                 return
             # The shared name stays: clients, contracts and metrics know it.
-            self._split, self._seen = split.model_copy(update={"model": self.model}), stamp
-
-    def _stamp(self) -> tuple[int, int, int] | None:
-        try:
-            stat = os.stat(self._file)
-        except OSError:
-            return None
-        return (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            self._split, self._seen = split.model_copy(update={"model": self.model}), now
 
     def _read(self) -> Split:
         where = str(self._file)
