@@ -25,7 +25,7 @@ from tuneship.data import heldout
 from tuneship.data.heldout import HeldOut
 from tuneship.errors import InputError, Stopped
 from tuneship.generation import Completion, Generator, Request, complete
-from tuneship.journal import Run, read_json, write_json
+from tuneship.journal import PROVENANCE, Run, read_json, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
@@ -94,7 +94,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             fix=f"raise data.{recipe.evaluate.split}_fraction, or bring more rows",
         )
     files = base.resolve(recipe.model)
-    files.expect(read_json(run.adapter / "tuneship.json")["base"]["fingerprint"], "the adapter was trained")
+    files.expect(read_json(run.adapter / PROVENANCE)["base"]["fingerprint"], "the adapter was trained")
     cpu.keep_memory()
     contract = Prompt(recipe.data.template, recipe.data.stop)
     model = models.load(files, recipe.model.precision)

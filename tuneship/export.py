@@ -27,7 +27,7 @@ from tuneship.console import progress, say
 from tuneship.data import heldout
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.generation import Generator, Request, complete
-from tuneship.journal import Run, put_in_place, read_json, write_json
+from tuneship.journal import PROVENANCE, Run, put_in_place, read_json, write_json
 from tuneship.kernels.attention import Documents
 from tuneship.prompt import Prompt
 
@@ -52,7 +52,7 @@ def export(run: Run) -> dict[str, Any]:
         proof: dict[str, Any] = read_json(run.merged / "proof.json")
         return proof
     files = base.resolve(run.recipe.model)
-    files.expect(read_json(run.adapter / "tuneship.json")["base"]["fingerprint"], "the adapter was trained")
+    files.expect(read_json(run.adapter / PROVENANCE)["base"]["fingerprint"], "the adapter was trained")
     _check_room(run.path, files)
     partial = run.path / ".merged.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +121,7 @@ def _copy_rest(files: BaseFiles, adapter: Path, target: Path) -> None:
         for file in source.iterdir():
             if file.name.startswith(("tokenizer", "special_tokens", "chat_template", "generation_config")):
                 shutil.copyfile(file, target / file.name)
-    for name in (prompt.FILE, "tuneship.json"):
+    for name in (prompt.FILE, PROVENANCE):
         shutil.copyfile(adapter / name, target / name)
 
 

@@ -53,6 +53,9 @@ _HARMLESS = {
 # What prepare writes last: its presence means that the rows are there.
 PREPARED = "prepared.json"
 
+# Beside an adapter or a merged model, and written last: what it was made of.
+PROVENANCE = "tuneship.json"
+
 # What a kill may leave of a run that has just begun.
 _BEGUN = {".lock", ".recipe.json.partial"}
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from tuneship import journal
+from tuneship.cluster.commands import metaflow_user
 from tuneship.errors import TuneshipError, from_dict
 from tuneship.recipe import Recipe
 
@@ -52,7 +53,7 @@ def _run(arguments: list[str], error_file: Path) -> int:
     environment = {
         **os.environ,
         "TUNESHIP_ERROR_FILE": str(error_file),
-        "METAFLOW_USER": os.environ.get("METAFLOW_USER") or _user(),
+        "METAFLOW_USER": metaflow_user(os.environ),
         "PYTHONUNBUFFERED": "1",
     }
     # A group of its own: a ctrl-C in the terminal reaches this process only, which passes it on.
@@ -72,9 +73,3 @@ def _run(arguments: list[str], error_file: Path) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _user() -> str:
-    """Who runs this, for Metaflow, which takes root for nobody."""
-    name = psutil.Process().username()
-    return "superuser" if name == "root" else name

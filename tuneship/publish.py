@@ -17,9 +17,7 @@ from typing import Any
 from tuneship import hub, storage
 from tuneship.console import say
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import Run, read_json, sha256_file, write_text
-
-PROVENANCE = "tuneship.json"
+from tuneship.journal import PROVENANCE, Run, read_json, sha256_file, write_text
 
 
 def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str]:

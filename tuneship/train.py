@@ -34,7 +34,7 @@ from tuneship.console import progress, say
 from tuneship.data import heldout
 from tuneship.data.packing import Plan, Tokens, plan
 from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
-from tuneship.journal import Run, code_facts, put_in_place, read_json, read_run, write_json
+from tuneship.journal import PROVENANCE, Run, code_facts, put_in_place, read_json, read_run, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
@@ -43,7 +43,6 @@ from tuneship.prompt import Prompt
 from tuneship.recipe import Train
 from tuneship.signals import stop_flag
 
-PROVENANCE = "tuneship.json"
 VALIDATION_ROWS = 100
 
 

@@ -10,7 +10,6 @@ to kubectl by its standard input, never by an argument.
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tuneship.cluster.commands import change, read
+from tuneship.cluster.commands import change, metaflow_user, read
 from tuneship.console import say
 from tuneship.credentials import hub_token
 from tuneship.errors import InputError, OutsideError
@@ -75,7 +74,7 @@ def submit(recipe: Recipe, *, dry_run: bool = False, environ: Mapping[str, str] 
     Raises:
         OutsideError: no cluster, no metadata service, no token for the hub, or Argo refuses.
     """
-    environment = {**environ, "METAFLOW_USER": environ.get("METAFLOW_USER") or getpass.getuser()}
+    environment = {**environ, "METAFLOW_USER": metaflow_user(environ)}
     settings = _profile(environment)
     namespace = str(settings.get("METAFLOW_KUBERNETES_NAMESPACE", "argo"))
     if not dry_run:

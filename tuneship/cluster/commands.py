@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from tuneship.console import say
@@ -152,6 +152,16 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
             say(line.rstrip("\n"))
     if process.returncode != 0:
         complain(argv, "".join(said))
+
+
+def metaflow_user(environ: Mapping[str, str]) -> str:
+    """Who runs this, for Metaflow, which takes root for nobody."""
+    import psutil
+
+    if named := environ.get("METAFLOW_USER"):
+        return named
+    name = psutil.Process().username()
+    return "superuser" if name == "root" else name
 
 
 def complain(argv: Sequence[str], said: str) -> NoReturn:

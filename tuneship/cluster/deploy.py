@@ -40,7 +40,7 @@ from tuneship.cluster.render import Files
 from tuneship.cluster.served import CONFIG_MAP, Adapter, Served, Settings
 from tuneship.console import say
 from tuneship.errors import GateError, InputError, OutsideError
-from tuneship.journal import Run, read_json, sha256_file
+from tuneship.journal import PROVENANCE, Run, read_json, sha256_file
 
 DEPLOYMENT = "deployment/vllm-gemma-deployment"
 KEYS = "gateway-keys"
@@ -92,7 +92,7 @@ def deploy(
         evaluation = run.gate(force)
         score = float(evaluation["scores"][-1]["score"]) if evaluation else None
         part = run.merged if merged else run.adapter
-        if not (part / "tuneship.json").is_file():
+        if not (part / PROVENANCE).is_file():
             verb = "export" if merged else "train"
             raise InputError(f"the run has no {part.name} model yet", where=where, fix=f"tuneship {verb} RECIPE")
         name = f"{run.recipe.name}-{fetch.digest(part)[: fetch.DIGITS]}"
@@ -190,7 +190,7 @@ def _opened(where: str, merged: bool) -> Iterator[tuple[Run, str | None]]:
 
 
 def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | None, force: str) -> Adapter:
-    base = read_json(part / "tuneship.json")["base"]
+    base = read_json(part / PROVENANCE)["base"]
     merged = part == run.merged
     if not merged and settings.base is None and not (hub.is_id(base["name"]) and "/" in base["name"]):
         raise InputError(
@@ -250,7 +250,7 @@ def _upload(run: Run, part: Path, uri: str, *, dry_run: bool) -> None:
     say(f"$ gcloud storage cp --recursive {part} {run.path / 'recipe.json'} {run.evaluation_file} {uri}/")
     if dry_run:
         return
-    storage.upload(part, f"{uri}/{part.name}", last="tuneship.json")
+    storage.upload(part, f"{uri}/{part.name}", last=PROVENANCE)
     for file in (run.evaluation_file, run.path / "recipe.json"):
         if file.is_file():
             storage.put(file, f"{uri}/{file.name}")

@@ -20,13 +20,13 @@ from pathlib import Path
 
 from tuneship import hub, storage
 from tuneship.errors import InputError, TuneshipError
-from tuneship.journal import read_json, sha256_file, write_json
+from tuneship.journal import PROVENANCE, read_json, sha256_file, write_json
 
 DIGITS = 12
 HUB = "hf://"
 PARTS = ("adapter", "merged")
 # Of a merged model, what its contract needs; the weights stay where they are.
-_CONTRACT = ("config.json", "prompt.json", "tokenizer.json", "tokenizer_config.json", "tuneship.json")
+_CONTRACT = ("config.json", "prompt.json", "tokenizer.json", "tokenizer_config.json", PROVENANCE)
 
 
 def take(uri: str, folder: Path, *, merged: bool = False) -> None:
@@ -59,7 +59,7 @@ def _from_hub(uri: str, folder: Path) -> None:
         raise InputError("an adapter on the Hub is named as hf://USER/NAME@COMMIT", where=uri)
     found = Path(hub.download(repository, commit, patterns=["*.json", "*.safetensors"]))
     shutil.copytree(found, folder / "adapter")
-    write_json(folder / "recipe.json", read_json(folder / "adapter" / "tuneship.json")["recipe"])
+    write_json(folder / "recipe.json", read_json(folder / "adapter" / PROVENANCE)["recipe"])
 
 
 def digest(part: Path) -> str:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuneship import storage
-from tuneship.journal import PREPARED
+from tuneship.journal import PREPARED, PROVENANCE
 
 # Part of the run's folder → the file that says that all of it is there.
-_MARKS = {"data": PREPARED, "adapter": "tuneship.json"}
+_MARKS = {"data": PREPARED, "adapter": PROVENANCE}
 _RUN_MARK = "recipe.json"
 
 # Copies of what is there already, what has a place of its own, and what belongs to one process.

@@ -18,11 +18,10 @@ from typing import Any
 from tuneship import base, prompt
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
-from tuneship.journal import is_run, read_json, read_run
+from tuneship.journal import PROVENANCE, is_run, read_json, read_run
 from tuneship.prompt import Prompt
 from tuneship.recipe import Model, Serve
 
-PROVENANCE = "tuneship.json"
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 
