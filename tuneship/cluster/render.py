@@ -15,7 +15,6 @@ Images stand in the templates by exact tag. Where images.lock has that tag's dig
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ import yaml
 from tuneship import recipe
 from tuneship.cluster.outputs import Outputs
 from tuneship.errors import InputError, OutsideError
+from tuneship.journal import write_text
 
 Files = dict[str, str]
 """Rendered YAML by path, relative to the folder that it is written to."""
@@ -76,9 +76,7 @@ def write_lock(path: Path, digests: Mapping[str, str | None]) -> None:
     """Writes images.lock whole."""
     text = LOCK_HEADER + yaml.dump(dict(digests), sort_keys=True, width=200)
     try:
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, text)
     except OSError as error:
         raise OutsideError(f"cannot be written: {error.strerror}", where=str(path)) from None
 
@@ -165,9 +163,7 @@ def write(files: Files, out: Path) -> None:
         for name, text in files.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             # Replaced whole: kubectl may be reading the folder.
-            partial = out / f"{name}.partial"
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, out / name)
+            write_text(out / name, text)
     except OSError as error:
         raise OutsideError(f"cannot be written: {error.strerror}", where=str(error.filename or out)) from None
 
