@@ -209,6 +209,18 @@ def sse(*choices: dict[str, object], end: bytes = b"data: [DONE]\n\n") -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + events + end
 
 
+def whole_request(connection: socket.socket) -> bytes:
+    """A request with its body: who closes with a part of it unread resets the connection, and the answer is lost."""
+    request = b""
+    while data := connection.recv(65536):
+        request += data
+        head, end, body = request.partition(b"\r\n\r\n")
+        length = re.search(rb"(?i)content-length: *(\d+)", head)
+        if end and len(body) >= (int(length[1]) if length else 0):
+            break
+    return request
+
+
 @contextmanager
 def canned(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
     """A server that lists the model `stub` and answers every POST with the same bytes."""
@@ -223,7 +235,7 @@ def canned(answer: bytes, asked: list[bytes] | None = None) -> Iterator[str]:
             except OSError:
                 return
             with connection:
-                request = connection.recv(65536)
+                request = whole_request(connection)
                 if asked is not None:
                     asked.append(request)
                 # Who is answered may be gone before the end.
