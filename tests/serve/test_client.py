@@ -159,6 +159,16 @@ def test_a_server_that_ends_too_early_is_told() -> None:
             ask(url, "which?")
 
 
+def test_a_server_that_breaks_the_protocol_is_told() -> None:
+    whole = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: 999\r\n\r\n"
+    for answer, message in (
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "no gateway of ours"),
+        (whole + b'data: {"text": "SELECT"}\n\n', "the server broke off: RemoteProtocolError"),
+    ):
+        with canned(answer) as url, pytest.raises(OutsideError, match=message):
+            ask(url, "which?")
+
+
 def test_a_server_that_is_stopped_is_told() -> None:
     engine = StubEngine(hold=1)
     with running(engine) as served:
@@ -170,7 +180,7 @@ def test_a_server_that_is_stopped_is_told() -> None:
 
         pieces = client._from_server(served.url, "which?", "", None)
         stop(next(pieces))
-        with pytest.raises(OutsideError, match=r"broke off|no gateway"):
+        with pytest.raises(OutsideError, match="the server broke off"):
             list(pieces)
 
 

@@ -151,11 +151,12 @@ def _from_server(url: str, question: str, context: str, model: str | None) -> It
     key = api_key()
     headers = {"authorization": f"Bearer {key}"} if key else {}
     address = url.rstrip("/") + "/ask"
-    ended = False
+    answered = ended = False
     try:
         with httpx.stream("POST", address, json=body, headers=headers, timeout=httpx.Timeout(10, read=300)) as response:
             if response.status_code != 200:
                 raise _refusal(response.status_code, response.read(), address)
+            answered = True
             for line in response.iter_lines():
                 data = line.removeprefix("data: ")
                 if data == "[DONE]":
@@ -167,10 +168,14 @@ def _from_server(url: str, question: str, context: str, model: str | None) -> It
                     yield event["text"]
     except TuneshipError:
         raise
-    except httpx.ConnectError as error:
+    except (httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise OutsideError(
             "no server answers", where=address, fix="tuneship serve RUN, or name its URL or a run's folder"
         ) from error
+    except httpx.TransportError as error:
+        if isinstance(error, httpx.ProtocolError | httpx.UnsupportedProtocol) and not answered:
+            raise OutsideError(f"this is no gateway of ours: {error}", where=address) from error
+        raise OutsideError(f"the server broke off: {type(error).__name__}", where=address, fix="ask again") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
         raise OutsideError(f"this is no gateway of ours: {type(error).__name__}", where=address) from error
     if not ended:
