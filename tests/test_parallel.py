@@ -39,6 +39,14 @@ def test_two_processes_learn_what_one_learns(make_recipe: MakeRecipe, tmp_path: 
     assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_more_processes_than_micro_batches_are_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    packed = {"packing": True, "tokens_per_batch": 128, "max_length": 128, "gradient_accumulation_steps": 2}
+    packed |= {"per_device_train_batch_size": None, "num_processes": 3}
+    with pytest.raises(InputError, match="no update has more than 2") as caught:
+        _trained(make_recipe(train=packed), tmp_path / "run")
+    assert "train.num_processes: 2" in caught.value.fix
+
+
 def _refuse(_: Gang) -> None:
     raise InputError("no such thing", where="here", fix="another")
 

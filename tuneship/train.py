@@ -78,16 +78,16 @@ def train(run: Run, *, mirror: str | None = None) -> Trained:
         say(f"already trained: {run.adapter}")
         return finished
 
+    count = recipe.train.num_processes
+    _check_processes(count, todo)
     files = base.resolve(recipe.model)
     _same_base(files, prepared["base"])
     models.check_architecture(files)
     models.check_lora(files, recipe.lora)
     _check_length(files, recipe.train)
     job = _Job(files, tokens, prepared, todo, mirror)
-    count = recipe.train.num_processes
     if count == 1:
         return _train(run, job, Gang())
-    _check_processes(count)
     parallel.start(_worker, (run.path, job), processes=count)
     finished = _finished(run, todo)
     assert finished is not None
@@ -258,7 +258,13 @@ def _finished(run: Run, todo: Plan) -> Trained | None:
     return Trained(str(run.adapter), len(todo), facts["loss"], 0.0)
 
 
-def _check_processes(count: int) -> None:
+def _check_processes(count: int, todo: Plan) -> None:
+    if count > (most := max(map(len, todo.updates))):
+        raise InputError(
+            f"{count} processes share an update's micro-batches, and no update has more than {most}",
+            where="train.num_processes",
+            fix=f"set train.num_processes: {most}, or raise train.gradient_accumulation_steps",
+        )
     if torch.cuda.is_available() and torch.cuda.device_count() < count:
         raise InputError(
             f"the recipe trains on {count} GPUs, this machine has {torch.cuda.device_count()}",
