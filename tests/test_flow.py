@@ -206,6 +206,12 @@ def test_s1_no_token_is_left_in_the_datastore(story: Story) -> None:
     assert holders == []
 
 
+def test_the_merged_model_is_made_where_it_is_to_be_published(story: Story) -> None:
+    finished = story.place.run("my.yaml", "--set", "publish.merged=true", "--set", "publish.folder=whole")
+    assert finished.code == 0, finished.err
+    assert {"model.safetensors", "proof.json"} <= {file.name for file in (story.place.folder / "whole").iterdir()}
+
+
 def test_the_gates_no_publishes_nothing_and_ends_with_4(story: Story) -> None:
     arguments = ["--set", "evaluate.gate.min_score=1.0", "--set", "publish.folder=elsewhere"]
     finished = story.place.run("my.yaml", *arguments)

@@ -156,16 +156,23 @@ class FinetuneFlow(FlowSpec):
     @retry(times=4, minutes_between_retries=1)
     @step
     def train(self) -> None:
-        """The adapter; a retry goes on from the last checkpoint. On the cluster, its measurement too."""
+        """The adapter; a retry goes on from the last checkpoint.
+
+        On the cluster, its measurement too, and a merged model if that is what is published: both want
+        the GPU and the base, which are here.
+        """
         from tuneship.evaluate import evaluate
         from tuneship.train import train
 
+        self.published: dict[str, str] = {}
         with _stage(self) as run:
             place = _kept(self)
             self.trained = asdict(train(run, mirror=place.checkpoints if place else None))
             if place:
                 kept.bring_back(run.path, place)
                 evaluate(run)
+                if run.recipe.publish.merged:
+                    self.published = _publish(run)
         self.next(self.evaluate)
 
     @card(type="blank")
@@ -190,13 +197,10 @@ class FinetuneFlow(FlowSpec):
     @retry(times=2)
     @step
     def publish(self) -> None:
-        """The adapter goes where the recipe says, if the gate has passed."""
-        from tuneship.publish import publish
-
-        self.published: dict[str, str] = {}
-        if self.evaluation["gate"]["passed"]:
+        """The adapter, or the merged model, goes where the recipe says, if the gate has passed."""
+        if not self.published:
             with _stage(self) as run:
-                self.published = publish(run)
+                self.published = _publish(run)
         self.next(self.end)
 
     @step
@@ -208,6 +212,19 @@ class FinetuneFlow(FlowSpec):
         place = _kept(self)
         self.adapter = f"{place.run}/adapter" if place else self.trained["adapter"]
         print(f"adapter: {self.adapter}")
+
+
+def _publish(run: Run) -> dict[str, str]:
+    """What was published where; nothing, if the gate has said no."""
+    from tuneship.publish import publish
+
+    if not read_json(run.evaluation_file)["gate"]["passed"]:
+        return {}
+    if run.recipe.publish.merged:
+        from tuneship.export import export
+
+        export(run)
+    return publish(run)
 
 
 def _kept(flow: FinetuneFlow) -> Kept | None:

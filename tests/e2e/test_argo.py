@@ -144,7 +144,9 @@ def test_a_training_pod_stopped_in_the_middle_goes_on(
     cloud: Cloud, samples: Path, undisturbed: dict[int, float], tmp_path: Path, number: int, code: int
 ) -> None:
     name = f"stopped-{code}"
-    create(cloud, samples, name, publish={"folder": f"gs://{BUCKET}/published/{name}"})
+    # A merged model is made where the GPU and the base are, an adapter published by a pod without one.
+    merged = number == signal.SIGTERM
+    create(cloud, samples, name, publish={"folder": f"gs://{BUCKET}/published/{name}", "merged": merged})
     workflow = cloud.workflows()[-1]
     run_id = f"argo-{workflow['metadata']['name']}"
 
@@ -177,8 +179,10 @@ def test_a_training_pod_stopped_in_the_middle_goes_on(
     page = card_data(seen["card"])
     assert "<iframe" in page and name in page
     assert seen["adapter"] == f"gs://{BUCKET}/{place}/adapter"
-    for folder in (f"{place}/adapter", f"published/{name}"):
-        assert f"{folder}/adapter_model.safetensors" in cloud.names(folder)
+    assert f"{place}/adapter/adapter_model.safetensors" in cloud.names(place)
+    weights = "model.safetensors" if merged else "adapter_model.safetensors"
+    assert f"published/{name}/{weights}" in cloud.names("published")
+    assert ("published to" in attempts[3].log) == merged
 
 
 def test_rows_that_are_wrong_are_not_tried_again(cloud: Cloud, samples: Path, tmp_path: Path) -> None:
