@@ -26,8 +26,8 @@ check: .venv/dev ## Formatting, lint, types, floors, generated files
 	$(BIN)/python scripts/make_text_to_sql.py --check
 	$(BIN)/python scripts/make_recipe_reference.py --check
 
-e2e: .venv/dev ## The compiled flow pod by pod; vLLM where TUNESHIP_VLLM_PYTHON names a Python that has it
-	$(BIN)/pytest tests/e2e
+e2e: .venv/dev .cache/vllm/ready ## The compiled flow pod by pod; vLLM on this CPU, behind the gateway (3.5 GB)
+	TUNESHIP_VLLM_PYTHON=$(CURDIR)/.cache/vllm/bin/python $(BIN)/pytest tests/e2e
 
 faults: .venv/dev ## Kill, damage and starve runs until they would break, and ten minutes of load
 	TUNESHIP_SOAK_SECONDS=600 $(BIN)/pytest tests/faults
@@ -58,4 +58,11 @@ clean: ## Remove what this Makefile made, runs/ excepted
 
 .venv/dev: .venv/laptop requirements/dev.lock
 	$(BIN)/pip install -q --no-deps --require-hashes -r requirements/dev.lock
+	@touch $@
+
+# vLLM asks for exact versions of much that we have too: an environment of its own.
+.cache/vllm/ready: requirements/vllm.lock requirements/torch.txt
+	@test -x .cache/vllm/bin/pip || $(PYTHON) -m venv .cache/vllm
+	.cache/vllm/bin/pip install -q --no-deps --require-hashes -r requirements/vllm.lock
+	.cache/vllm/bin/pip install -q -r requirements/torch.txt $(TORCH_ARGS)
 	@touch $@

@@ -18,7 +18,7 @@ cuda=(torch 'nvidia-[\w-]+' 'cuda-\w+')
 compile=("$bin/uv" pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate
     --constraint requirements/torch.txt)
 "$bin/pip" install --quiet uv
-rm -f requirements/laptop.lock requirements/dev.lock image/requirements.lock
+rm -f requirements/{laptop,dev,vllm}.lock image/requirements.lock
 "${compile[@]}" --universal --python-version 3.11 --extra train --extra flow --extra serve --extra gke \
     --output-file requirements/laptop.lock pyproject.toml requirements/overrides.in
 without requirements/laptop.lock "${cuda[@]}" triton
@@ -30,3 +30,7 @@ without requirements/dev.lock "${cuda[@]}"
     --extra train --extra flow --extra serve --extra gke --constraint requirements/laptop.lock \
     --output-file image/requirements.lock pyproject.toml image/requirements.in
 without image/requirements.lock "${cuda[@]}" triton
+# Wheels of Linux alone, by the names of PyPI: the package asks for torch's CPU build by its local version.
+"${compile[@]}" --python-version 3.11 --python-platform x86_64-manylinux_2_28 --override requirements/torch.txt \
+    --output-file requirements/vllm.lock requirements/vllm.in
+without requirements/vllm.lock "${cuda[@]}" torchvision torchaudio torchcodec
