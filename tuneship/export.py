@@ -4,8 +4,9 @@ Merging streams: one shard of the base at a time, each target W + (alpha / r)·B
 rounded once to bfloat16. A model of 9 billion parameters needs the memory of one shard.
 
 The proof (merged/proof.json) runs base + adapter and the merged model on held-out prompts and
-compares what they would say: at every position of the tuned model's own greedy answer, the
-merged model's choice is the same token, or one whose logit differs by less than bfloat16 can tell.
+compares what they would say next at every position of the tuned model's own greedy answers: the
+divergence (Kullback-Leibler, in nats) of the merged model's distribution from the tuned one's, as
+quantised models are compared.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ from tuneship.prompt import Prompt
 
 PROOF_PROMPTS = 20
 PROOF_TOKENS = 48
-# Rounding weights to bfloat16 (8 bits of mantissa) moves logits by about this share of their spread.
-TOLERANCE = 0.05
+# Nats, the mean over positions. Rounding the weights to bfloat16 (8 bits of mantissa) costs 0.001 to 0.002 on
+# SmolLM2 with adapters of 4 to 160 updates; an adapter merged at 1.3 of its scale 0.02, one left out 1.
+TOLERANCE = 0.005
 
 
 def export(run: Run) -> dict[str, Any]:
@@ -62,7 +64,8 @@ def export(run: Run) -> dict[str, Any]:
     put_in_place(partial, run.merged)
     say(
         f"merged model in {run.merged}: the same on {proof['prompts']} prompts "
-        f"({proof['positions']} positions, {proof['ties']} ties within {proof['tolerance']:.2g})"
+        f"(divergence {proof['divergence']:.2g} nats, another choice at {proof['positions'] - proof['same']} "
+        f"of {proof['positions']} positions)"
     )
     return proof
 
@@ -150,26 +153,20 @@ def _prove(run: Run, files: BaseFiles, merged: Path) -> dict[str, Any]:
     del tuned, generator
     actual = _logits(models.load(BaseFiles(str(merged), merged, "local"), run.recipe.model.precision), texts, starts)
 
-    spread = float(expected.std(dim=-1).mean())
-    tolerance = TOLERANCE * spread
-    chosen, other = expected.argmax(-1), actual.argmax(-1)
-    differing = (chosen != other).nonzero()[:, 0]
-    # How much better the tuned model likes its own choice than the merged model's: a tie, or another model?
-    margins = [float(expected[i, chosen[i]] - expected[i, other[i]]) for i in differing.tolist()]
+    wanted = expected.log_softmax(-1)
+    divergence = float((wanted.exp() * (wanted - actual.log_softmax(-1))).sum(-1).mean())
     proof = {
         "prompts": len(prompts),
-        "positions": len(chosen),
-        "same": len(chosen) - len(margins),
-        "ties": len(margins),
-        "largest_tie": max(margins, default=0.0),
-        "largest_difference": float((expected - actual).abs().max()),
-        "logit_spread": spread,
-        "tolerance": tolerance,
+        "positions": len(expected),
+        "same": int((expected.argmax(-1) == actual.argmax(-1)).sum()),
+        "divergence": divergence,
+        "tolerance": TOLERANCE,
     }
-    if max(margins, default=0.0) > tolerance:
+    # A divergence that is no number is no proof.
+    if not divergence <= TOLERANCE:
         raise TuneshipError(
-            f"the merged model says something else: a token whose logit is {max(margins):.3g} lower "
-            f"(tolerance {tolerance:.3g})",
+            f"the merged model says something else: its divergence from the tuned one is {divergence:.3g} nats "
+            f"(rounding costs at most {TOLERANCE})",
             where=str(merged),
             fix="publish and serve the adapter instead (publish.merged: false)",
         )
@@ -197,4 +194,4 @@ def _logits(model: models.LoadedModel, texts: list[list[int]], starts: list[int]
         for at, ids, start in zip(bounds, texts, starts, strict=False)
         for index in range(at + start - 1, at + len(ids))
     ]
-    return model.logits(states[torch.tensor(answered, device=states.device)]).cpu()
+    return model.logits(states[torch.tensor(answered, device=states.device)]).float().cpu()
