@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from zygote import Commands, Finished
 
 from tuneship import journal, memory, trainable
 from tuneship import model as models
+from tuneship import recipe as recipes
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
 from tuneship.memory import Needs
@@ -239,6 +241,26 @@ def test_plan_refuses(planned: Callable[..., Finished]) -> None:
     unknown = planned(cluster={"accelerator": "nvidia-tesla-p4"})
     assert unknown.code == 2
     assert "no card known by that name" in unknown.err and "--card-gb" in unknown.err
+
+
+def test_plan_counts_the_disk_of_a_pod(planned: Callable[..., Finished]) -> None:
+    # The Hub's google/gemma-2-9b is float32: 37 GB.
+    pod = {"accelerator": "nvidia-h100-80gb", "image": "tuneship:1", "disk_mb": 50_000}
+    adapter = planned("--json", cluster=pod)
+    assert adapter.code == 0, adapter.err
+    disk = json.loads(adapter.out)["disk_bytes"]
+    assert 4 * parameters(NINE_B) < disk < 50 * GB
+    merged = planned(cluster=pod, publish={"folder": "out", "merged": True})
+    assert merged.code == 2
+    assert "the training pod's disk is too small: 60 GB are needed" in merged.err
+    assert re.search(r"set cluster.disk_mb: 6\d{4}$", merged.err, re.M)
+
+
+@pytest.mark.parametrize("name", ["gemma2-9b-a100", "gemma2-9b-h100", "gemma2-9b-l4"])
+def test_the_shipped_recipes_fit_their_cards_and_pods(name: str) -> None:
+    recipe = recipes.load(name, overrides=["cluster.image=tuneship:1"])
+    planned = memory.plan(recipe, NINE_B, card=memory.CARDS[recipe.cluster.accelerator])
+    assert planned["disk_bytes"] <= recipe.cluster.disk_mb * 10**6
 
 
 def test_plan_is_for_gemma_2(planned: Callable[..., Finished], tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what training will take of a card's memory, without reading weights."""
+    """Say what training will take of a card's memory and a pod's disk, without reading weights."""
     from tuneship import base, memory
 
     recipe = _recipe(target, overrides)
@@ -148,6 +148,7 @@ def plan(
     name = accelerator if card_gb is None else "the card"
     print(f"of {card / 1e9:.0f} GB on {name}, in {result['precision']}")
     print(f"a pass holds {result['tokens_per_pass']:,} tokens; a layer keeps {result['keep']}")
+    print(f"a pod's disk: {result['disk_bytes'] / 1e9:.0f} GB of the {recipe.cluster.disk_mb / 1e3:.0f} it asks for")
     _next(f"tuneship run {target}")
 
 

@@ -38,6 +38,8 @@ _FEW_TOKENS = 4096
 _KEEPS: tuple[Keep, ...] = ("all", "most", "input")
 # What the allocator cannot use because of its shape, and other processes' small change.
 _MARGIN = 0.95
+# Of the pod's disk: rows, tokens, logs, compiled kernels.
+_REST_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]
         card: its memory, in bytes.
 
     Raises:
-        InputError: the base is no Gemma 2, whose need is not known beforehand; or the card is too small.
+        InputError: the base is no Gemma 2, whose need is not known beforehand; or the card, or the disk of a
+            pod, is too small.
     """
     if config["model_type"] != "gemma2":
         raise InputError(
@@ -193,6 +196,13 @@ def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]
         )
     precision = "bfloat16" if recipe.model.precision == "auto" else recipe.model.precision
     needs = Needs.of(config, recipe.lora, precision)
+    disk = _disk(recipe, config, needs)
+    if recipe.cluster.image is not None and disk > recipe.cluster.disk_mb * 10**6:
+        raise InputError(
+            f"the training pod's disk is too small: {disk / 1e9:.0f} GB are needed",
+            where=f"cluster.disk_mb: {recipe.cluster.disk_mb}",
+            fix=f"set cluster.disk_mb: {-(-disk // 10**6)}",
+        )
     train = recipe.train
     rows = train.tokens_per_batch
     if not train.packing:
@@ -209,4 +219,15 @@ def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]
         "kept_bytes": chosen.memory.kept,
         "working_bytes": chosen.memory.working,
         "peak_bytes": chosen.memory.total,
+        "disk_bytes": disk,
     }
+
+
+def _disk(recipe: Recipe, config: dict[str, Any], needs: Needs) -> int:
+    """What the training pod writes, in bytes: the base as the Hub has it, checkpoints, a merged model if asked for."""
+    weights = Needs(**{**vars(needs), "precision": "float32"}).weights // 4
+    stored = 4 if config.get("dtype", config.get("torch_dtype", "float32")) == "float32" else 2
+    # A checkpoint holds the adapter and two moments, in float32; a new one is written before the oldest goes.
+    checkpoints = (recipe.train.save_total_limit + 1) * 12 * needs.adapter_weights
+    merged = 2 * weights if recipe.publish.merged else 0
+    return stored * weights + merged + checkpoints + _REST_BYTES
