@@ -235,7 +235,5 @@ def test_what_makes_no_template(tmp_path: Path) -> None:
     assert caught.value.fix == "tuneship image"
     with pytest.raises(InputError, match="begins with a letter"):
         argo.with_image(recipes.load("tiny", overrides=["name=9b"]), config)
-    with pytest.raises(InputError, match="not the merged model"):
-        argo.with_image(recipes.load("tiny", overrides=["publish.merged=true", "publish.folder=x"]), config)
     config.write_text(json.dumps({"image_name": IMAGE}))
     assert argo.with_image(recipes.load("tiny"), config).cluster.image == IMAGE

@@ -52,12 +52,6 @@ def with_image(recipe: Recipe, config: Path) -> Recipe:
             where=f"name: {recipe.name}",
             fix="--set name=…",
         )
-    if recipe.publish.merged:
-        raise InputError(
-            "the flow publishes the adapter, not the merged model",
-            where="publish.merged: true",
-            fix="--set publish.merged=false, and later: tuneship export",
-        )
     if recipe.cluster.image is not None:
         return recipe
     record: dict[str, Any] = read_json(config) if config.exists() else {}
