@@ -116,15 +116,16 @@ def test_v9_a_second_signal_ends_it_at_once() -> None:
 
 def test_a_folder_is_served_and_its_failure_told(tiny_adapter: Path) -> None:
     with process(f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0))") as (child, url):
+        assert child.stderr is not None
+        # It says so when it is: until then, 503.
+        assert next(line for line in child.stderr if line.startswith("ready after "))
         with httpx.Client(base_url=url, timeout=WAIT_S, trust_env=False) as client:
-            while client.get("/health").status_code != 200:
-                pass
+            assert client.get("/health").status_code == 200
             answer = client.post("/generate", json={"prompt": "Question:", "max_tokens": 4})
             assert answer.json()["predictions"][0].startswith("Prompt:\nQuestion:\nOutput:\n")
             client.post("/generate", json={"prompt": "the private prompt", "max_tokens": 4})
         child.send_signal(signal.SIGTERM)
         assert child.wait(WAIT_S) == 0
-        assert child.stderr is not None
         text = child.stderr.read()
         assert '"route":"/generate"' in text
         assert "private" not in text

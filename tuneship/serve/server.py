@@ -17,6 +17,7 @@ import ipaddress
 import resource
 import shlex
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -247,11 +248,12 @@ class Server:
         self._loop = asyncio.get_running_loop()
         await self._engine.start()
         settle()
-        watching = asyncio.create_task(self._watch())
+        watching = [asyncio.create_task(self._watch()), asyncio.create_task(self._tell())]
         try:
             await self._uvicorn.serve(sockets=[self._listening])
         finally:
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             await self._engine.close()
         failure = self._engine.failure
         if isinstance(failure, TuneshipError):
@@ -262,6 +264,13 @@ class Server:
     async def _watch(self) -> None:
         await self._engine.failed.wait()
         self._drain(0.0)
+
+    async def _tell(self) -> None:
+        """Says when the engine has come up: until then, requests are answered 503."""
+        began = time.monotonic()
+        while not self._engine.ready:
+            await asyncio.sleep(0.1)
+        say(f"ready after {time.monotonic() - began:.1f} s")
 
     def stop(self) -> None:
         """Begins to drain; from any thread or signal handler. The second time it does not wait."""
