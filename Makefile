@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: help demo test check e2e faults bench docs lock clean
 
 help: ## This text
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: .venv/laptop ## Fine-tune a real model on this machine, measure it, serve it, ask it
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/demo.sh
