@@ -21,9 +21,9 @@ from tuneship import evaluate as evaluation
 from tuneship import journal
 from tuneship.data import heldout
 from tuneship.errors import InputError
-from tuneship.evaluate import Score, _bootstrap, _gate, evaluate, table, wilson
+from tuneship.evaluate import _bootstrap, evaluate, table, wilson
 from tuneship.generation import Completion, Generator, Request
-from tuneship.recipe import Gate, Recipe
+from tuneship.recipe import Recipe
 
 CONTEXT = "CREATE TABLE people (name VARCHAR, age INTEGER)"
 RIGHT = "SELECT COUNT(*) FROM people WHERE age > 30"
@@ -54,10 +54,6 @@ def answering(monkeypatch: pytest.MonkeyPatch, *systems: Sequence[str]) -> None:
     monkeypatch.setattr(evaluation, "complete", complete)
 
 
-def score(name: str = "tuned", value: float = 0.5) -> Score:
-    return Score(name, value, (0.0, 1.0), 0.0, 0.0, None, 10, {})
-
-
 # --- statistics -------------------------------------------------------------------------------
 
 
@@ -85,22 +81,6 @@ def test_the_interval_of_a_gain_is_that_of_its_mean() -> None:
     assert (low, high) == _bootstrap(differences)
     assert _bootstrap([1] * 5) == (1.0, 1.0)
     assert _bootstrap([]) == (0.0, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("tuned", "gain", "reasons"),
-    [
-        (0.7, 0.2, []),
-        (0.7, 0.3 - 0.1, []),
-        (0.699, 0.2, ["score 0.699 is below evaluate.gate.min_score 0.7"]),
-        (0.9, 0.1, ["gain +0.100 is below evaluate.gate.min_gain 0.2"]),
-        (0.1, -0.3, ["score 0.100 is below", "gain -0.300 is below"]),
-    ],
-)
-def test_the_gate_says_why(tuned: float, gain: float, reasons: list[str]) -> None:
-    said = _gate(score(value=tuned), gain, Gate(min_score=0.7, min_gain=0.2))
-    assert said["passed"] == (not reasons)
-    assert [any(part in reason for reason in said["reasons"]) for part in reasons] == [True] * len(said["reasons"])
 
 
 # --- verdicts ---------------------------------------------------------------------------------
@@ -221,6 +201,17 @@ def test_exact_match_runs_nothing(trained: Path, monkeypatch: pytest.MonkeyPatch
     verdicts = [row["answers"]["tuned"]["verdict"] for row in journal.read_json(run.evaluation_file)["rows"]]
     assert verdicts == ["equal", "different", "different"]
     assert (result["metric"], result["unjudged"]) == ("exact_match", 0)
+
+
+def test_where_no_row_can_be_judged_the_gate_says_no(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(trained / "data" / "test.jsonl", [held_out(n, answer="SELECT age FROM nowhere") for n in range(2)])
+    answering(monkeypatch, *[[RIGHT] * 2] * 3)
+    with open_with(trained, gate={"min_score": 0.0, "min_gain": 0.0}) as run:
+        result = evaluate(run)
+    assert result["unjudged"] == 2
+    assert not result["gate"]["passed"]
+    assert "no row was judged" in result["gate"]["reasons"][0]
+    assert "evaluate.metric: exact_match" in result["gate"]["reasons"][0]
 
 
 # --- what the model is given ------------------------------------------------------------------

@@ -20,9 +20,9 @@ import pytest
 
 from tuneship import journal
 from tuneship import recipe as recipes
-from tuneship.errors import InputError, OutsideError
+from tuneship.errors import GateError, InputError, OutsideError
 from tuneship.journal import open_run, read_run
-from tuneship.recipe import Recipe
+from tuneship.recipe import Gate, Recipe
 
 
 def make(**sections: Any) -> Recipe:
@@ -365,3 +365,57 @@ def test_a_full_disk_is_told_in_one_line(tmp_path: Path, number: str, make_error
 def test_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_run(tmp_path / "run", make()):
         _ = 1 / 0
+
+
+# --- the gate ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tuned", "gain", "reasons"),
+    [
+        (0.7, 0.2, []),
+        (0.7, 0.3 - 0.1, []),
+        (0.699, 0.2, ["score 0.699 is below evaluate.gate.min_score 0.7"]),
+        (0.9, 0.1, ["gain +0.100 is below evaluate.gate.min_gain 0.2"]),
+        (0.1, -0.3, ["score 0.100 is below", "gain -0.300 is below"]),
+    ],
+)
+def test_the_gate_says_why(tuned: float, gain: float, reasons: list[str]) -> None:
+    said = journal.judge(tuned, gain, 10, Gate(min_score=0.7, min_gain=0.2))
+    assert said["passed"] == (not reasons)
+    assert [any(part in reason for reason in said["reasons"]) for part in reasons] == [True] * len(said["reasons"])
+
+
+def test_without_judged_rows_the_gate_says_no() -> None:
+    said = journal.judge(0.0, 0.0, 0, Gate())
+    assert not said["passed"]
+    assert "exact_match" in said["reasons"][0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "fix"),
+    [
+        ({"gate": {"min_score": 0.99}}, "score 0.800 is below evaluate.gate.min_score 0.99", "lower evaluate.gate"),
+        ({"gate": {"min_gain": 0.5}}, r"gain \+0.300 is below evaluate.gate.min_gain 0.5", "lower evaluate.gate"),
+        ({"metric": "exact_match"}, "evaluate.metric execution_accuracy, the recipe says exact_", "tuneship evaluate"),
+        ({"split": "validation"}, "evaluate.split test, the recipe says validation", "tuneship evaluate"),
+    ],
+)
+def test_the_gate_is_that_of_the_recipe_as_it_is_now(
+    tmp_path: Path, settings: dict[str, Any], said: str, fix: str
+) -> None:
+    evaluation = {
+        "metric": "execution_accuracy",
+        "split": "test",
+        "scores": [{"name": "tuned", "score": 0.8, "rows": 10}],
+        "gain": {"value": 0.3},
+        "gate": {"passed": True, "reasons": []},
+    }
+    with open_run(tmp_path, make()) as run:
+        journal.write_json(run.evaluation_file, evaluation)
+        assert run.gate("") == evaluation
+    with open_run(tmp_path, make(evaluate=settings)) as run:
+        with pytest.raises(GateError, match=said) as caught:
+            run.gate("")
+        assert fix in caught.value.fix
+        assert run.gate("for a trial") == evaluation

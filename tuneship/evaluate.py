@@ -25,19 +25,17 @@ from tuneship.data import heldout
 from tuneship.data.heldout import HeldOut
 from tuneship.errors import InputError, Stopped
 from tuneship.generation import Completion, Generator, Request, complete
-from tuneship.journal import PROVENANCE, Run, read_json, write_json
+from tuneship.journal import PROVENANCE, Run, judge, read_json, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
 from tuneship.prompt import Prompt
-from tuneship.recipe import Evaluate, Gate
+from tuneship.recipe import Evaluate
 from tuneship.signals import StopFlag, stop_flag
 
 # Of a two-sided 95 % interval of the normal distribution.
 _Z = 1.959964
 _RESAMPLES = 2000
-# 0.3 - 0.1 is a little less than 0.2, and a gain of 20 points all the same.
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -264,7 +262,7 @@ def _result(scores: list[Score], answers: dict[str, list[Answer]], settings: Eva
         "scores": [asdict(score) for score in scores],
         "gain": {"over": better.name, "value": gain, "interval": _bootstrap(hits)},
         "unjudged": sum(answer.verdict == "unjudged" for answer in answers["tuned"]),
-        "gate": _gate(tuned, gain, settings.gate),
+        "gate": judge(tuned.score, gain, tuned.rows, settings.gate),
     }
 
 
@@ -277,12 +275,3 @@ def _bootstrap(differences: Sequence[int]) -> tuple[float, float]:
     means = values[rng.integers(0, len(values), (_RESAMPLES, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _gate(tuned: Score, gain: float, gate: Gate) -> dict[str, Any]:
-    reasons = []
-    if tuned.score < gate.min_score - _ROUNDING:
-        reasons.append(f"score {tuned.score:.3f} is below evaluate.gate.min_score {gate.min_score:g}")
-    if gain < gate.min_gain - _ROUNDING:
-        reasons.append(f"gain {gain:+.3f} is below evaluate.gate.min_gain {gate.min_gain:g}")
-    return {"passed": not reasons, "reasons": reasons}

@@ -36,7 +36,7 @@ from typing import IO, Any
 
 import tuneship
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
-from tuneship.recipe import Recipe, validate
+from tuneship.recipe import Gate, Recipe, validate
 
 # The sections that decide what the weights become. The others may change between two commands.
 _WEIGHTS = ("model", "data", "lora", "train")
@@ -55,6 +55,9 @@ PREPARED = "prepared.json"
 
 # Beside an adapter or a merged model, and written last: what it was made of.
 PROVENANCE = "tuneship.json"
+
+# 0.3 - 0.1 is a little less than 0.2, and a gain of 20 points all the same.
+_ROUNDING = 1e-9
 
 # What a kill may leave of a run that has just begun.
 _BEGUN = {".lock", ".recipe.json.partial"}
@@ -85,10 +88,12 @@ class Run:
             write_text(self.metrics_file, "".join(json.dumps(line) + "\n" for line in kept))
 
     def gate(self, force: str) -> dict[str, Any]:
-        """The evaluation, if its gate has passed; with a reason to go on all the same, whatever there is.
+        """The evaluation, if it passes the recipe's gate; with a reason to go on all the same, whatever there is.
+
+        The recipe may say something else now than when it was evaluated: the scores are judged anew.
 
         Raises:
-            GateError: it did not pass, or nothing was evaluated, and no reason is given.
+            GateError: it does not pass, or nothing was evaluated as the recipe says, and no reason is given.
         """
         evaluation: dict[str, Any] = read_json(self.evaluation_file) if self.evaluation_file.is_file() else {}
         if force:
@@ -97,9 +102,19 @@ class Run:
             raise GateError(
                 "nothing was evaluated", where=str(self.path), fix="tuneship evaluate RECIPE, or --force with a reason"
             )
-        if not evaluation["gate"]["passed"]:
+        wanted = self.recipe.evaluate
+        for key, now in (("metric", wanted.metric), ("split", wanted.split)):
+            if evaluation[key] != now:
+                raise GateError(
+                    f"the run was evaluated with evaluate.{key} {evaluation[key]}, the recipe says {now}",
+                    where=str(self.evaluation_file),
+                    fix="tuneship evaluate RECIPE, or --force with a reason",
+                )
+        tuned = evaluation["scores"][-1]
+        verdict = judge(tuned["score"], evaluation["gain"]["value"], tuned["rows"], wanted.gate)
+        if not verdict["passed"]:
             raise GateError(
-                "the gate said no: " + "; ".join(evaluation["gate"]["reasons"]),
+                "the gate said no: " + "; ".join(verdict["reasons"]),
                 where=str(self.evaluation_file),
                 fix="train longer or on more rows, lower evaluate.gate, or --force with a reason",
             )
@@ -118,6 +133,23 @@ class Run:
     def record(self, **facts: Any) -> None:
         """Adds facts to provenance.json."""
         write_json(self.provenance_file, {**self.provenance(), **facts})
+
+
+def judge(score: float, gain: float, rows: int, gate: Gate) -> dict[str, Any]:
+    """The gate's word on the tuned model: `passed`, and `reasons` if not.
+
+    Args:
+        rows: how many were judged; a score of none says nothing.
+    """
+    reasons = []
+    if rows == 0:
+        reasons.append("no row was judged, since none of their own answers runs: set evaluate.metric: exact_match")
+    else:
+        if score < gate.min_score - _ROUNDING:
+            reasons.append(f"score {score:.3f} is below evaluate.gate.min_score {gate.min_score:g}")
+        if gain < gate.min_gain - _ROUNDING:
+            reasons.append(f"gain {gain:+.3f} is below evaluate.gate.min_gain {gate.min_gain:g}")
+    return {"passed": not reasons, "reasons": reasons}
 
 
 class MetricsLog:
