@@ -30,8 +30,8 @@ RIGHT = "SELECT COUNT(*) FROM people WHERE age > 30"
 
 
 def held_out(number: int, **changes: Any) -> dict[str, Any]:
-    row = {"number": number, "question": f"How many {number}?", "context": CONTEXT, "answer": RIGHT, "columns": {}}
-    return row | changes
+    row = {"number": number, "question": f"How many {number}?", "context": CONTEXT, "answer": RIGHT}
+    return row | {"columns": {"domain": "people"}} | changes
 
 
 def open_with(run: Path, **sections: Any) -> Any:
@@ -117,7 +117,7 @@ def judged(trained_once: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     ]
     write_rows(trained / "data" / "test.jsonl", rows)
     texts = [text for text, _ in WRITTEN] + [RIGHT, RIGHT]
-    settings = {"max_rows": 100, "by": ["kind", "colour"], "gate": {"min_score": 0.2, "min_gain": 0.5}}
+    settings = {"max_rows": 100, "by": ["kind", "n"], "gate": {"min_score": 0.2, "min_gain": 0.5}}
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as said:
         answering(patch, [" SELECT 1"] * len(rows), [f" {RIGHT}"] + [""] * (len(rows) - 1), texts)
         with open_with(trained, **settings) as run:
@@ -169,8 +169,7 @@ def test_the_gain_is_over_the_better_base(judged: dict[str, Any]) -> None:
 def test_scores_are_broken_down(judged: dict[str, Any]) -> None:
     by = judged["result"]["scores"][-1]["by"]
     assert {k: tuple(v) for k, v in by["kind"].items()} == {"good": (1.0, 3), "bad": (0.0, len(WRITTEN) - 3)}
-    # A column that the rows do not have.
-    assert list(by["colour"]) == ["–"]
+    assert by["n"].keys() == {str(n) for n in range(len(WRITTEN))}
 
 
 def test_what_is_written_is_what_is_returned(judged: dict[str, Any]) -> None:
@@ -285,3 +284,16 @@ def test_without_an_adapter_it_is_refused(trained: Path) -> None:
     (trained / "adapter" / "adapter_model.safetensors").unlink()
     with open_with(trained) as run, pytest.raises(InputError, match="the run has no adapter yet"):
         evaluate(run)
+
+
+def test_a_breakdown_by_a_column_that_no_row_has_is_refused(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Before the base is looked for.
+    monkeypatch.setattr(evaluation.base, "resolve", None)
+    with open_with(trained, by=["domain", "nosuch"]) as run, pytest.raises(InputError, match="no held-out row") as e:
+        evaluate(run)
+    assert e.value.where == "evaluate.by: nosuch"
+    assert "domain" in e.value.fix
+    write_rows(trained / "data" / "test.jsonl", [held_out(0, columns={})])
+    with open_with(trained, by=["nosuch"]) as run, pytest.raises(InputError, match="no columns to break down by") as e:
+        evaluate(run)
+    assert e.value.fix == "remove evaluate.by"

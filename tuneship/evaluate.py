@@ -78,7 +78,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     The gate's word is in it: `gate.passed`, and `gate.reasons` if not.
 
     Raises:
-        InputError: there is no adapter, the base is not the one that it was trained on, or no row was held out.
+        InputError: there is no adapter, the base is not the one that it was trained on, no row was held out, or
+            evaluate.by names a column that no row has.
         Stopped: a signal came; nothing was written.
     """
     if not (run.adapter / models.WEIGHTS).exists():
@@ -91,6 +92,7 @@ def evaluate(run: Run) -> dict[str, Any]:
             where=str(run.path),
             fix=f"raise data.{recipe.evaluate.split}_fraction, or bring more rows",
         )
+    _check_columns(recipe.evaluate.by, rows)
     files = base.resolve(recipe.model)
     files.expect(read_json(run.adapter / PROVENANCE)["base"]["fingerprint"], "the adapter was trained")
     cpu.keep_memory()
@@ -163,6 +165,18 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     middle = (share + square / 2) / (1 + square)
     half = _Z * math.sqrt(share * (1 - share) / total + square / (4 * total)) / (1 + square)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _check_columns(by: Sequence[str], rows: Sequence[HeldOut]) -> None:
+    """Refuses a breakdown by a column that no row has, before a model is read."""
+    # Long texts are not among them: prepare keeps what scores can be broken down by.
+    known = sorted({column for row in rows for column in row.columns})
+    if unknown := [column for column in by if column not in known]:
+        raise InputError(
+            "no held-out row has such a column" if known else "the held-out rows have no columns to break down by",
+            where=f"evaluate.by: {unknown[0]}",
+            fix=f"the columns are: {', '.join(known)}" if known else "remove evaluate.by",
+        )
 
 
 def _measure(
