@@ -53,6 +53,13 @@ def value_of(recipe: Recipe, key: str) -> Any:
 # --- what is read -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["model.model_name_or_path", "data.dataset_name", "publish.folder"])
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = recipes.load(written(tmp_path, LEAST), overrides=[f"{key}=~/x"])
+    assert value_of(recipe, key) == "/home/me/x"
+
+
 def test_the_least_recipe_names_a_base_and_rows(tmp_path: Path) -> None:
     recipe = recipes.load(written(tmp_path, LEAST, "My Recipe.yaml"))
     assert recipe.name == "my-recipe"

@@ -7,10 +7,11 @@ becomes docs/recipe.md and the JSON schema.
 from __future__ import annotations
 
 import difflib
+import os.path
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 # What a name may be where it becomes part of a path, a Kubernetes name or a Hub id.
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")]
@@ -18,6 +19,8 @@ HubName = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9_]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?$"),
 ]
+# What may be a path. No shell has put the home folder for ~ in a recipe, nor in --set.
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -35,7 +38,7 @@ class _Section(BaseModel):
 class Model(_Section):
     """The base model."""
 
-    model_name_or_path: str
+    model_name_or_path: Place
     """Hub id, local folder, local .gguf file, or `package:NAME` for weights that a Python package brings."""
     model_revision: str | None = None
     """Commit of a Hub model, or sha256 of a GGUF file. Hub models are pinned to it; a GGUF is checked against it."""
@@ -59,7 +62,7 @@ class Columns(_Section):
 class Data(_Section):
     """The rows, how they are split, and how a row becomes text."""
 
-    dataset_name: str
+    dataset_name: Place
     """Hub id, a .jsonl, .csv or .parquet file, a gs:// URI of one, or `builtin:text-to-sql`."""
     dataset_config: str | None = None
     """Configuration of a Hub dataset."""
@@ -232,7 +235,7 @@ class Evaluate(_Section):
 class Publish(_Section):
     """Where the adapter goes. Nothing is published where nothing is named."""
 
-    folder: str | None = None
+    folder: Place | None = None
     """A folder or a gs:// URI."""
     hub_model_id: HubName | None = None
     """Hub repository, `user/name`."""
