@@ -88,6 +88,32 @@ def test_the_merged_model_is_sent_where_it_is_asked_for(published: Publish, trai
     assert "adapter_model.safetensors" not in files(tmp_path / "out")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
+def test_damaged_weights_are_not_sent(published: Publish, trained: Path, tmp_path: Path, damage: str) -> None:
+    target = tmp_path / "out"
+    published(folder=str(target))
+    good = files(target)
+    weights = trained / "adapter" / "adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink()
+    if damage != "removed":
+        weights.write_bytes(content[:-100] if damage == "truncated" else b"")
+    with pytest.raises(InputError, match=r"the weights are (damaged|missing)") as caught:
+        published(folder=str(target))
+    assert str(trained / "adapter") in caught.value.where
+    assert "tuneship train RECIPE" in caught.value.fix
+    assert files(target) == good
+
+
+@pytest.mark.parametrize("inside", ["", "adapter", "publish", "adapter/../new"])
+def test_a_run_is_not_published_into_itself(published: Publish, trained: Path, inside: str) -> None:
+    before = files(trained / "adapter")
+    with pytest.raises(InputError, match="into its own folder") as caught:
+        published(folder=str(trained / inside), update=True)
+    assert caught.value.where.startswith("publish.folder: ")
+    assert files(trained / "adapter") == before
+
+
 def test_nowhere_is_said(published: Publish, capsys: pytest.CaptureFixture[str]) -> None:
     assert published() == {}
     assert "nothing to publish" in capsys.readouterr().err

@@ -28,7 +28,8 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
         force: publish although the gate said no, for this reason; it is kept in the card.
 
     Raises:
-        InputError: there is nothing to publish, nowhere to publish it, or the destination holds something else.
+        InputError: there is nothing to publish, or only damaged weights; the destination is the run itself, or
+            holds something else.
         GateError: the gate said no, or nothing was evaluated.
         OutsideError: the destination refuses or cannot be reached.
     """
@@ -41,6 +42,9 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if not (source / PROVENANCE).exists():
         missing, verb = ("merged model", "export") if settings.merged else ("adapter", "train")
         raise InputError(f"the run has no {missing} yet", where=str(run.path), fix=f"tuneship {verb} RECIPE")
+    _check_weights(source)
+    if settings.folder is not None:
+        _check_folder(settings.folder, run)
     parcel = run.path / "publish"
     _pack(source, parcel, card(run, evaluation, force))
     done: dict[str, str] = {}
@@ -52,6 +56,31 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if settings.hub_model_id is not None:
         done[settings.hub_model_id] = _to_hub(parcel, run, update)
     return done
+
+
+def _check_weights(source: Path) -> None:
+    """Refuses weights that nobody could load: the header is read, and the length held against it."""
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(source.glob("*.safetensors"))
+    fix = f"remove {source}, and make it again: tuneship {'export' if source.name == 'merged' else 'train'} RECIPE"
+    if not weights:
+        raise InputError("the weights are missing", where=str(source), fix=fix)
+    for file in weights:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"the weights are damaged: {error}", where=str(file), fix=fix) from error
+
+
+def _check_folder(destination: str, run: Run) -> None:
+    if not storage.is_remote(destination) and Path(destination).resolve().is_relative_to(run.path.resolve()):
+        raise InputError(
+            "a run is not published into its own folder",
+            where=f"publish.folder: {destination}",
+            fix="name a folder outside of it",
+        )
 
 
 def _pack(source: Path, parcel: Path, text: str) -> None:
