@@ -8,22 +8,28 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fake_gcs
 import pytest
 from fake_hub import Hub
 from zygote import Commands
 
-from tuneship import export, journal
+from tuneship import export, journal, storage
 from tuneship.errors import GateError, InputError, OutsideError
 from tuneship.journal import sha256_file
 from tuneship.publish import publish
 from tuneship.recipe import validate
 
-# huggingface_hub's own way to send a file.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    # huggingface_hub's own way to send a file.
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    # Google's client says it while it is imported; gRPC is not used.
+    pytest.mark.filterwarnings("ignore:Please install grpcio-status:ImportWarning"),
+]
 
 REPO = "user/tiny"
 Publish = Callable[..., dict[str, str]]
@@ -64,13 +70,32 @@ def remote(hub: Hub) -> dict[str, bytes]:
     return there
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where to publish: the recipe's settings, the names of what is there, and a way to put a file there."""
+
+    settings: dict[str, Any]
+    names: Callable[[], set[str]]
+    put: Callable[[str, bytes], None]
+
+
+def by_hand(hub: Hub, name: str, content: bytes) -> None:
+    repo = hub.repos["models", REPO]
+    repo.commit({**repo.head.files, name: content}, f"{name} by hand")
+
+
 # --- what is sent -----------------------------------------------------------------------------------------
 
 
 def test_a_folder_gets_the_adapter_and_its_card(published: Publish, trained: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
     assert list(published(folder=str(target))) == [str(target)]
-    assert {name: digest for name, digest in files(target).items() if name != "README.md"} == files(trained / "adapter")
+    adapter = files(trained / "adapter")
+    assert files(target).keys() == {*adapter, "README.md"}
+    assert all(files(target)[name] == adapter[name] for name in adapter.keys() - {"tuneship.json"})
+    about = journal.read_json(target / "tuneship.json")
+    assert about.pop("files") == sorted(files(target))
+    assert about == journal.read_json(trained / "adapter" / "tuneship.json")
     card = (target / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: peft\n")
     assert "| tuned | " in card
@@ -156,7 +181,8 @@ def test_p1_the_hub_gets_one_private_commit_once(
     assert [commit.message for commit in repo.commits[1:]] == ["Publish tiny-test"]
     assert repo.head.sha == sha
     adapter = {file.name: file.read_bytes() for file in (trained / "adapter").iterdir()}
-    assert {name: content for name, content in remote(hub).items() if name != "README.md"} == adapter
+    assert remote(hub).keys() == {*adapter, "README.md"}
+    assert all(remote(hub)[name] == adapter[name] for name in adapter.keys() - {"tuneship.json"})
     before = len(hub.requests)
     assert published(hub_model_id=REPO) == {REPO: sha}
     assert f"already published: {REPO} at {sha}" in capsys.readouterr().err
@@ -242,6 +268,84 @@ def test_p1_a_copy_that_was_cut_off_is_finished(published: Publish, trained: Pat
     assert files(target) == whole
 
 
+# --- what stands there is what was published ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URI of an empty bucket."""
+    from google.cloud.storage import Client
+
+    with fake_gcs.serving() as url:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        client = Client()
+        client.create_bucket("published")
+        yield "gs://published"
+        client.close()
+
+
+@pytest.fixture(params=["folder", "gs", "hub"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
+    """Each kind of destination."""
+    if request.param == "hub":
+        hub = request.getfixturevalue("hub")
+        return Place(
+            {"hub_model_id": REPO}, lambda: set(remote(hub)), lambda name, content: by_hand(hub, name, content)
+        )
+    root = str(tmp_path / "out") if request.param == "folder" else f"{request.getfixturevalue('bucket')}/out"
+
+    def put(name: str, content: bytes) -> None:
+        file = tmp_path / "by-hand"
+        file.write_bytes(content)
+        storage.put(file, f"{root}/{name}")
+
+    return Place({"folder": root}, lambda: set(storage.listing(root)), put)
+
+
+def test_the_merged_model_takes_the_place_of_the_adapter_and_back(
+    published: Publish, trained: Path, place: Place
+) -> None:
+    with journal.open_run(trained, journal.read_run(trained).recipe) as run:
+        export.export(run)
+    for part, merged in (("adapter", False), ("merged", True), ("adapter", False)):
+        published(**place.settings, merged=merged)
+        assert place.names() == {*files(trained / part), "README.md"}
+
+
+def test_a_file_that_is_not_sent_any_more_goes(published: Publish, trained: Path, place: Place) -> None:
+    extra = trained / "adapter" / "added_tokens.json"
+    extra.write_text("{}")
+    published(**place.settings)
+    assert extra.name in place.names()
+    extra.unlink()
+    published(**place.settings)
+    assert place.names() == {*files(trained / "adapter"), "README.md"}
+
+
+def test_a_persons_file_beside_ours_is_no_ours(published: Publish, place: Place) -> None:
+    published(**place.settings)
+    whole = place.names()
+    # One has the name of a model's file, but we did not put it there.
+    for name in ("notes.txt", "config.json"):
+        place.put(name, b"{}")
+    with pytest.raises(InputError, match="something else is published there"):
+        published(**place.settings)
+    assert place.names() == {*whole, "notes.txt", "config.json"}
+    published(**place.settings, update=True)
+    # A loader would take it for a part of the model; the notes harm nobody.
+    assert place.names() == {*whole, "notes.txt"}
+
+
+def test_the_hub_gets_it_all_in_one_commit(hub: Hub, published: Publish, trained: Path) -> None:
+    with journal.open_run(trained, journal.read_run(trained).recipe) as run:
+        export.export(run)
+    published(hub_model_id=REPO)
+    published(hub_model_id=REPO, merged=True)
+    commits = hub.repos["models", REPO].commits
+    assert len(commits) == 3
+    assert ".gitattributes" in commits[-1].files
+
+
 # --- others' work stays (P2, P3) ----------------------------------------------------------------------------------
 
 
@@ -267,6 +371,44 @@ def test_p2_what_is_there_stays(hub: Hub, published: Publish, trained: Path, tmp
     assert len(repo.commits) == 2
     # Not ours to delete.
     assert (target / "notes.txt").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", [b"{}", b"", b"{torn", b"[]", b'"x"', b'{"recipe": []}', b'{"files": 1}', b"\xff"])
+def test_p2_a_tuneship_json_that_is_none(published: Publish, tmp_path: Path, hub: Hub, content: bytes) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "tuneship.json").write_bytes(content)
+    hub.add(REPO, {"tuneship.json": content}, private=True)
+    for settings in ({"folder": str(target)}, {"hub_model_id": REPO}):
+        with pytest.raises(InputError, match="something else is published there"):
+            published(**settings)
+    assert (target / "tuneship.json").read_bytes() == content
+    published(folder=str(target), hub_model_id=REPO, update=True)
+    assert "adapter_model.safetensors" in files(target)
+    assert "adapter_model.safetensors" in remote(hub)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": {"name": "another"}},
+        {"recipe": {"train": {"seed": 7}}},
+        {"recipe": {"lora": {"r": 2}}},
+        {"data": {"train_sha256": "0" * 64}},
+        {"base": {"fingerprint": "0" * 64}},
+    ],
+    ids=["name", "seed", "rank", "rows", "base"],
+)
+def test_p2_another_run_of_the_same_name_stays(
+    published: Publish, trained: Path, place: Place, change: dict[str, dict[str, Any]]
+) -> None:
+    published(**place.settings)
+    facts = journal.read_json(trained / "adapter" / "tuneship.json")
+    ((section, settings),) = change.items()
+    journal.write_json(trained / "adapter" / "tuneship.json", {**facts, section: {**facts[section], **settings}})
+    with pytest.raises(InputError, match="something else is published there"):
+        published(**place.settings)
+    published(**place.settings, update=True)
 
 
 def test_p2_the_same_run_trained_anew_replaces_itself(hub: Hub, published: Publish, trained: Path) -> None:
@@ -302,6 +444,9 @@ def test_p2_without_a_token(hub: Hub, published: Publish, monkeypatch: pytest.Mo
 
 def test_p3_a_card_by_hand_is_kept(hub: Hub, published: Publish) -> None:
     hub.add(REPO, {"README.md": b"by hand"}, private=True)
-    published(hub_model_id=REPO)
+    for _ in range(2):
+        published(hub_model_id=REPO)
     assert remote(hub)["README.md"] == b"by hand"
+    assert "README.md" not in json.loads(remote(hub)["tuneship.json"])["files"]
+    assert len(hub.repos["models", REPO].commits) == 2
     assert "adapter_model.safetensors" in remote(hub)

@@ -1,7 +1,8 @@
 """publish: the adapter and its card, into a folder, under a gs:// URI, or to the Hub.
 
 Megabytes go out, not the merged gigabytes, unless the recipe says so. Publishing twice is once:
-what is there already, with the same content, is not sent again. The Hub gets one commit, in a
+what is there already, with the same content, is not sent again. What an earlier publication left and
+this one has no use for goes away; what a person put there stays. The Hub gets one commit, in a
 repository that is private unless the recipe says otherwise. Nothing is published that the gate has
 not passed.
 """
@@ -11,13 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from tuneship import hub, storage
 from tuneship.console import say
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import PROVENANCE, Run, read_json, sha256_file, write_text
+from tuneship.journal import PROVENANCE, Run, read_json, sha256_file, write_json, write_text
+
+CARD = "README.md"
+
+# What a loader takes for a part of the model, whoever put it there: with --update it goes, too.
+_MODEL = """
+    *.safetensors *.safetensors.index.json adapter_config.json config.json generation_config.json tokenizer.json
+    tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+    prompt.json proof.json
+""".split()
 
 
 def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str]:
@@ -49,10 +61,7 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     _pack(source, parcel, card(run, evaluation, force))
     done: dict[str, str] = {}
     if settings.folder is not None:
-        _check_destination(settings.folder, run, update)
-        sent = storage.upload(parcel, settings.folder, last=PROVENANCE)
-        say(f"published to {settings.folder}" if sent else f"already published: {settings.folder}")
-        done[settings.folder] = sha256_file(parcel / PROVENANCE)
+        done[settings.folder] = _to_folder(parcel, settings.folder, update)
     if settings.hub_model_id is not None:
         done[settings.hub_model_id] = _to_hub(parcel, run, update)
     return done
@@ -74,37 +83,72 @@ def _check_weights(source: Path) -> None:
             raise InputError(f"the weights are damaged: {error}", where=str(file), fix=fix) from error
 
 
-def _check_folder(destination: str, run: Run) -> None:
-    if not storage.is_remote(destination) and Path(destination).resolve().is_relative_to(run.path.resolve()):
-        raise InputError(
-            "a run is not published into its own folder",
-            where=f"publish.folder: {destination}",
-            fix="name a folder outside of it",
-        )
-
-
 def _pack(source: Path, parcel: Path, text: str) -> None:
-    """Lays out what is sent: links to the files, so that gigabytes are not copied, and the card."""
+    """Lays out what is sent: links to the files, so that gigabytes are not copied, the card, and a list of it all."""
     shutil.rmtree(parcel, ignore_errors=True)
     parcel.mkdir()
     for file in sorted(source.iterdir()):
         (parcel / file.name).hardlink_to(file)
-    write_text(parcel / "README.md", text)
+    write_text(parcel / CARD, text)
+    _list(parcel, sorted(file.name for file in parcel.iterdir()))
 
 
-def _check_destination(destination: str, run: Run, update: bool) -> None:
-    """Refuses a destination that another run, or a person, has filled."""
-    there = storage.listing(destination) if storage.is_remote(destination) or Path(destination).exists() else []
-    if not there or update:
-        return
-    if PROVENANCE in there:
-        with storage.open_read(f"{destination.rstrip('/')}/{PROVENANCE}") as stream:
-            if json.loads(stream.read())["recipe"]["name"] == run.recipe.name:
-                return
-    elif set(there) <= {file.name for file in (run.path / "publish").iterdir()}:
-        # A copy of ours that was cut off: provenance goes last.
-        return
-    raise _taken(destination)
+def _list(parcel: Path, names: list[str]) -> None:
+    """Notes which files are ours where they are published; the next publication may take them away."""
+    write_json(parcel / PROVENANCE, {**read_json(parcel / PROVENANCE), "files": names})
+
+
+def _stale(
+    where: str, there: Collection[str], published: bytes, parcel: Path, update: bool, begun: Collection[str]
+) -> set[str]:
+    """The files of an earlier publication that this one lacks; refuses what another run, or a person, put there.
+
+    Args:
+        there: the names of the files at the destination.
+        published: its tuneship.json, or nothing where it has none.
+        begun: files that may be there without it.
+    """
+    names = {file.name for file in parcel.iterdir()}
+    ours = _with_partial(names | _listed(published))
+    if update:
+        ours |= {name for name in there if any(fnmatchcase(name, pattern) for pattern in _MODEL)}
+    elif PROVENANCE in there:
+        if set(there) - ours or _training(_facts(published)) != _training(read_json(parcel / PROVENANCE)):
+            raise _taken(where)
+    elif set(there) - set(begun):
+        raise _taken(where)
+    # A parcel has no folders: what lies in one is not ours.
+    return {name for name in there if name in ours - names and "/" not in name}
+
+
+def _with_partial(names: set[str]) -> set[str]:
+    """Files, and what a copy that was killed leaves of them."""
+    return names | {f".{name}.partial" for name in names}
+
+
+def _facts(content: bytes) -> dict[str, Any]:
+    """What a tuneship.json says; nothing, where somebody else wrote it."""
+    try:
+        facts = json.loads(content)
+    except (ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _listed(published: bytes) -> set[str]:
+    """The files that an earlier publication has put there."""
+    files = _facts(published).get("files")
+    return {name for name in files if isinstance(name, str)} if isinstance(files, list) else set()
+
+
+def _training(facts: dict[str, Any]) -> list[Any] | None:
+    """What tells a run from others: its name, its rows, its base, and how it is trained."""
+    try:
+        recipe = facts["recipe"]
+        settings = [recipe["name"], recipe["lora"], recipe["train"]]
+        return [*settings, facts["data"]["train_sha256"], facts["base"]["fingerprint"]]
+    except (KeyError, TypeError):
+        return None
 
 
 def _taken(destination: str) -> InputError:
@@ -115,12 +159,54 @@ def _taken(destination: str) -> InputError:
     )
 
 
+# --- a folder ---------------------------------------------------------------------------------
+
+
+def _check_folder(destination: str, run: Run) -> None:
+    if not storage.is_remote(destination) and Path(destination).resolve().is_relative_to(run.path.resolve()):
+        raise InputError(
+            "a run is not published into its own folder",
+            where=f"publish.folder: {destination}",
+            fix="name a folder outside of it",
+        )
+
+
+def _to_folder(parcel: Path, destination: str, update: bool) -> str:
+    """What differs, and the mark that it is whole at the end; returns the mark's sha256."""
+    root = destination.rstrip("/")
+    there = storage.listing(destination) if storage.is_remote(destination) or Path(destination).exists() else []
+    published = b""
+    if PROVENANCE in there:
+        with storage.open_read(f"{root}/{PROVENANCE}") as stream:
+            published = stream.read()
+    begun = _with_partial({file.name for file in parcel.iterdir()})
+    stale = _stale(destination, there, published, parcel, update, begun)
+    sent = storage.upload(parcel, destination, leave={PROVENANCE})
+    # Before the mark: until it is replaced, the old one lists them as ours.
+    for name in sorted(stale):
+        _remove(f"{root}/{name}")
+    sent += storage.put(parcel / PROVENANCE, f"{root}/{PROVENANCE}")
+    say(f"published to {destination}" if sent else f"already published: {destination}")
+    return sha256_file(parcel / PROVENANCE)
+
+
+def _remove(uri: str) -> None:
+    if storage.is_remote(uri):
+        with storage._errors(uri):
+            storage._blob(uri).delete()
+        return
+    try:
+        Path(uri).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutsideError(f"the file cannot be removed: {error.strerror}", where=uri) from error
+
+
 # --- the Hub ----------------------------------------------------------------------------------
 
 
 def _to_hub(parcel: Path, run: Run, update: bool) -> str:
     """One commit with everything that differs; returns the commit that holds it."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     repo, private = run.recipe.publish.hub_model_id, run.recipe.publish.hub_private_repo
     assert repo is not None
@@ -143,15 +229,25 @@ def _to_hub(parcel: Path, run: Run, update: bool) -> str:
             fix="set publish.hub_private_repo to what it is, or change the repository's visibility by hand",
         )
     there = {file.rfilename: file for file in info.siblings or []}
-    keep_card = "README.md" in there and PROVENANCE not in there
-    if not update:
-        _check_hub(what, there, run, api, repo)
-    files = [f for f in sorted(parcel.iterdir()) if not (f.name == "README.md" and keep_card and not update)]
-    changed = [file for file in files if not _same(file, there.get(file.name))]
-    if not changed:
+    published = b""
+    if PROVENANCE in there:
+        file = hub.call(what, lambda: api.hf_hub_download(repo, PROVENANCE, revision=info.sha))
+        published = Path(file).read_bytes()
+    # The Hub's own.
+    found = set(there) - {".gitattributes"}
+    stale = _stale(what, found, published, parcel, update, {CARD})
+    if CARD in there and not update and CARD not in _listed(published):
+        # Somebody wrote it by hand.
+        (parcel / CARD).unlink()
+        _list(parcel, sorted(file.name for file in parcel.iterdir()))
+    changed = [file for file in sorted(parcel.iterdir()) if not _same(file, there.get(file.name))]
+    if not changed and not stale:
         say(f"already published: {repo} at {info.sha}")
         return str(info.sha)
-    operations = [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in changed]
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=str(file)) for file in changed
+    ]
+    operations.extend(CommitOperationDelete(path_in_repo=name) for name in sorted(stale))
     commit = hub.call(
         what,
         lambda: api.create_commit(
@@ -163,16 +259,6 @@ def _to_hub(parcel: Path, run: Run, update: bool) -> str:
     )
     say(f"published to {repo}: {sum(f.stat().st_size for f in changed) / 1e6:.1f} MB in one commit {commit.oid}")
     return str(commit.oid)
-
-
-def _check_hub(what: str, there: dict[str, Any], run: Run, api: Any, repo: str) -> None:
-    """Refuses a repository that holds another run's work, or somebody's weights."""
-    if PROVENANCE in there:
-        file = hub.call(what, lambda: api.hf_hub_download(repo, PROVENANCE))
-        if read_json(Path(file))["recipe"]["name"] != run.recipe.name:
-            raise _taken(what)
-    elif set(there) - {".gitattributes", "README.md"}:
-        raise _taken(what)
 
 
 def _same(file: Path, remote: Any) -> bool:
