@@ -16,7 +16,7 @@ import fake_hub
 import fake_kubectl
 import pytest
 from fake_kubectl import Kubectl
-from made_run import IMAGE, another, make_run, name
+from made_run import IMAGE, another, make_run, measured, name
 from serving_example import OUTPUTS, ROOT
 
 from tuneship import journal, storage
@@ -200,7 +200,7 @@ def wait(seconds: float) -> None:
     ("evaluation", "said"),
     [
         (None, "nothing was evaluated"),
-        ({"gate": {"passed": False, "reasons": ["score 0.2"]}, "scores": [{"score": 0.2}]}, "score 0.2"),
+        (measured(0.2, gain=-0.1), "gain -0.100 is below"),
     ],
 )
 def test_the_gate_says_no_unless_there_is_a_reason(
