@@ -377,3 +377,28 @@ def test_debug_shows_the_traceback_of_an_error(tuneship_: Callable[..., Finished
     assert finished.code == 2
     assert "Traceback" in finished.err
     assert finished.err.count("\nerror: no such recipe; did you mean tiny?") == 1
+
+
+@pytest.mark.parametrize("raised", [True, False])
+def test_ctrl_c_ends_with_130_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raised: bool
+) -> None:
+    def interrupted(**_: object) -> int:
+        if raised:
+            raise KeyboardInterrupt
+        return 130  # what typer makes of it
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_what_a_verb_exits_with_is_the_exit_code(commands: Commands, tmp_path: Path) -> None:
+    outputs = str(Path(__file__).parents[1] / "infra" / "example-outputs.json")
+    changed = commands.run(["render", "--outputs", outputs, "--diff", "--out", "none"], cwd=tmp_path)
+    assert changed.code == 1 and changed.out
+    assert commands.run(["render", "--outputs", outputs, "--out", "made"], cwd=tmp_path).code == 0
+    same = commands.run(["render", "--outputs", outputs, "--diff", "--out", "made"], cwd=tmp_path)
+    assert (same.code, same.out) == (0, "")

@@ -117,6 +117,23 @@ def test_a_signal_saves_and_ends_with_75(story: Story) -> None:
     assert story.stopped.out == ""
 
 
+@pytest.mark.parametrize(
+    ("step", "number"), [("start", signal.SIGINT), ("prepare", signal.SIGTERM), ("train", signal.SIGHUP)]
+)
+def test_a_stop_ends_the_flow_where_a_step_has_only_begun(
+    commands: Commands, tmp_path: Path, make_recipe: Callable[..., Any], step: str, number: signal.Signals
+) -> None:
+    (tmp_path / "my.yaml").write_text(recipes.dump(make_recipe()), encoding="utf-8")
+    process = Place(tmp_path, commands).start("my.yaml")
+    until(lambda: f"/{step}/" in process.err() and "Task is starting" in process.err().rpartition(f"/{step}/")[2])
+    process.send(number)
+    finished = process.wait(deadline_s=DEADLINE_S)
+    assert finished.code == 75, finished.err
+    assert len(re.findall(r"^error: stopped by SIG", finished.err, re.MULTILINE)) == 1
+    assert set(steps_started(finished)) <= set(STEPS[: STEPS.index(step) + 1])
+    assert not (tmp_path / "runs" / "tiny-test" / "adapter").exists()
+
+
 def test_the_same_command_goes_on_to_the_end(story: Story) -> None:
     assert story.finished.code == 0, story.finished.err
     assert steps_started(story.finished) == STEPS

@@ -41,11 +41,18 @@ Overrides = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Put an existing run aside and start anew.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+# As a shell tells a process that SIGINT has ended.
+INTERRUPTED = 130
+
 
 def main() -> None:
     """Runs the command line; an error becomes one message and an exit code."""
     try:
-        app(standalone_mode=False)
+        # What a verb exits with comes back as a number from some releases of typer, and is raised by others.
+        code = app(standalone_mode=False)
+        if code == INTERRUPTED:
+            say("interrupted")
+        sys.exit(code)
     except TuneshipError as error:
         if "--debug" in sys.argv or os.environ.get("TUNESHIP_DEBUG"):
             say(redact(traceback.format_exc()))
@@ -53,8 +60,9 @@ def main() -> None:
         sys.exit(error.exit_code)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt):
+        say("interrupted")
+        sys.exit(INTERRUPTED)
     except Exception as error:
         # click's own errors (a wrong option) carry how they want to be shown.
         if hasattr(error, "show") and hasattr(error, "exit_code"):

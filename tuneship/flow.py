@@ -44,6 +44,7 @@ from tuneship.cluster.kept import Kept
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.journal import Run, open_run, read_json, write_json
 from tuneship.recipe import Recipe
+from tuneship.signals import stopped_by_sigterm
 
 # A file to which the error that ended a step is written, for whoever started the flow.
 ERROR_FILE = "TUNESHIP_ERROR_FILE"
@@ -249,7 +250,8 @@ def _stage(flow: FinetuneFlow) -> Iterator[Run]:
         folder = Path(flow.run)
         if place:
             kept.take(place, folder)
-        with open_run(folder, recipe) as run:
+        # Not only while it trains: a step that dies of the signal would be started again.
+        with stopped_by_sigterm(flow.run), open_run(folder, recipe) as run:
             yield run
             if place:
                 kept.bring_back(folder, place)

@@ -1,8 +1,8 @@
 """Starts the flow on this machine, and tells its outcome as our errors and exit codes.
 
 The flow runs in processes of its own, started by Metaflow's runtime: the same code path as in a
-pod. A SIGTERM or ctrl-C here goes to the step that runs, which saves and ends; the same command
-then goes on.
+pod. A SIGTERM, a ctrl-C or a closed terminal here goes to the step that runs, which saves and ends;
+no other is started, and the same command then goes on.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ import psutil
 
 from tuneship import journal
 from tuneship.cluster.commands import metaflow_user
-from tuneship.errors import TuneshipError, from_dict
+from tuneship.errors import Stopped, TuneshipError, from_dict
 from tuneship.recipe import Recipe
+
+_LOOKS_EVERY_S = 0.3
 
 
 def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, Any]:
@@ -38,9 +41,11 @@ def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, 
         journal.write_json(config, {"recipe": tree, "run": str(folder)})
     with tempfile.TemporaryDirectory() as scratch:
         error_file = Path(scratch) / "error.json"
-        code = _run(["--config", "config", str(config), "run"], error_file)
+        code, stopped = _run(["--config", "config", str(config), "run"], error_file)
         if error_file.exists():
             raise from_dict(journal.read_json(error_file))
+        if code != 0 and stopped:
+            raise Stopped(f"stopped by {stopped}", where=str(folder), fix="run the same command again to go on")
         if code != 0:
             raise TuneshipError("the flow failed; its own lines above say why", where=str(folder))
     evaluation: dict[str, Any] = journal.read_json(folder / "evaluation.json")
@@ -48,7 +53,8 @@ def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, 
     return evaluation
 
 
-def _run(arguments: list[str], error_file: Path) -> int:
+def _run(arguments: list[str], error_file: Path) -> tuple[int, str | None]:
+    """The flow's exit code, and the signal that stopped it."""
     flow = Path(__file__).with_name("flow.py")
     environment = {
         **os.environ,
@@ -62,14 +68,42 @@ def _run(arguments: list[str], error_file: Path) -> int:
         [sys.executable, str(flow), *arguments], env=environment, stdout=sys.stderr, process_group=0
     )
 
-    def stop(*_: object) -> None:
-        # To the steps, not to Metaflow's runtime: it would go first and take their output pipes with it.
-        for worker in psutil.Process(process.pid).children(recursive=True):
-            worker.send_signal(signal.SIGTERM)
+    stopped: list[str] = []
+    told: set[int] = set()
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    def stop(number: int, _: object) -> None:
+        stopped.append(signal.Signals(number).name)
+        _end_steps(process, told)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
-        return process.wait()
+        idle = 0
+        while (code := process.poll()) is None:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_LOOKS_EVERY_S)
+            # A step that had only begun dies of the signal, and Metaflow would try it again: not after a stop.
+            idle = idle + 1 if stopped and not _end_steps(process, told) else 0
+            if idle > 2:
+                process.terminate()
+        return code, stopped[0] if stopped else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_steps(process: subprocess.Popen[bytes], told: set[int]) -> int:
+    """SIGTERM, once each, to the steps. Not to Metaflow's runtime: it would go first, and take their output along.
+
+    Returns:
+        How many there are.
+    """
+    try:
+        workers = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return 0
+    for worker in workers:
+        if worker.pid not in told:
+            told.add(worker.pid)
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(signal.SIGTERM)
+    return len(workers)

@@ -1,4 +1,4 @@
-"""SIGTERM and ctrl-C as a flag, so that work ends where it can be taken up again."""
+"""SIGTERM and ctrl-C as a flag, so that work ends where it can be taken up again; or as an error, where it is soon."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from tuneship.errors import Stopped
 
 
 class StopFlag:
@@ -35,3 +39,19 @@ def stop_flag() -> Iterator[StopFlag]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stopped_by_sigterm(where: str) -> Iterator[None]:
+    """SIGTERM raises `Stopped` while inside, but for where a `stop_flag` takes it."""
+
+    def stop(number: int, _: FrameType | None) -> NoReturn:
+        raise Stopped(
+            f"stopped by {signal.Signals(number).name}", where=where, fix="run the same command again to go on"
+        )
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
