@@ -178,7 +178,9 @@ def test_the_stages_by_hand(tuneship_: Callable[..., Finished], recipe: Callable
         # One document and nothing else, so that it can be piped.
         told[verb] = json.loads(finished.out)
         if verb != "report":
-            assert re.search(rf"^next: tuneship \w+ {re.escape(str(file))} --run ", finished.err, re.MULTILINE)
+            # serve takes a run's folder, not a recipe.
+            then = rf"serve {run}$" if verb in ("export", "publish") else rf"\w+ {re.escape(str(file))} --run "
+            assert re.search(rf"^next: tuneship {then}", finished.err, re.MULTILINE)
     assert told["prepare"]["rows"] == 60
     assert told["train"]["updates"] == 2
     assert told["evaluate"]["gate"]["passed"] is True

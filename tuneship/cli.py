@@ -207,7 +207,7 @@ def export(target: Target, run: RunOption = None, overrides: Overrides = None, a
 
     with _opened(target, run, overrides) as opened:
         result = export(opened)
-    _done(result, as_json, f"tuneship serve {target}{_run_flag(run)}")
+    _done(result, as_json, f"tuneship serve {opened.path}")
 
 
 @app.command()
@@ -224,7 +224,7 @@ def publish(
 
     with _opened(target, run, overrides) as opened:
         result = publish(opened, update=update, force=force)
-    _done(result, as_json, f"tuneship serve {target}{_run_flag(run)}")
+    _done(result, as_json, f"tuneship serve {opened.path}")
 
 
 @app.command()
