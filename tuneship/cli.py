@@ -244,7 +244,7 @@ def report(target: Target, run: RunOption = None, overrides: Overrides = None, a
 def serve(
     folders: Annotated[list[Path], typer.Argument(metavar="RUN…", help="A run, an adapter or a merged model.")],
     host: Annotated[str | None, typer.Option(help="Address to listen on; the recipe's by default.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base is now, if it moved.")] = None,
     engine: Annotated[
         str, typer.Option(metavar="local|vllm|URL", help="In this process, vLLM as its child, or one elsewhere.")

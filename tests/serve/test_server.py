@@ -13,7 +13,9 @@ from gateway_kit import WAIT_S, StubEngine, process, running
 
 from tuneship.errors import InputError, OutsideError
 from tuneship.recipe import Serve
-from tuneship.serve.server import listen, serve
+from tuneship.serve.gateway import Gateway
+from tuneship.serve.limits import Limits
+from tuneship.serve.server import Server, listen, serve
 
 PROMPT = {"prompt": "one?"}
 
@@ -32,6 +34,15 @@ def test_a_taken_port_is_told(taken: int) -> None:
     with pytest.raises(OutsideError, match="the port is taken") as caught:
         serve([], settings=settings(port=taken), engine="http://127.0.0.1:9")
     assert caught.value.where == f"127.0.0.1:{taken}"
+
+
+def test_of_two_that_start_together_one_is_told_that_the_port_is_taken() -> None:
+    engine = StubEngine()
+    gateway = Gateway(engine, {}, limits=Limits(), max_new_tokens=1)
+    with listen("127.0.0.1", 0) as one, listen("127.0.0.1", one.getsockname()[1]) as other:
+        Server(gateway, engine, one, Limits())
+        with pytest.raises(OutsideError, match="the port is taken"):
+            Server(gateway, engine, other, Limits())
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no such host", "999.0.0.1"])

@@ -197,11 +197,13 @@ def listen(host: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRNOTAVAIL:
             raise InputError("this machine has no such address", where=f"serve.host: {host}") from error
-        what = "the port is taken" if error.errno == errno.EADDRINUSE else f"the port cannot be used: {error.strerror}"
-        raise OutsideError(
-            what, where=f"{host}:{port}", fix="choose another with --port; 0 takes a free one"
-        ) from error
+        raise _taken(error, host, port) from error
     return listening
+
+
+def _taken(error: OSError, host: str, port: int) -> OutsideError:
+    what = "the port is taken" if error.errno == errno.EADDRINUSE else f"the port cannot be used: {error.strerror}"
+    return OutsideError(what, where=f"{host}:{port}", fix="choose another with --port; 0 takes a free one")
 
 
 def address(listening: socket.socket) -> str:
@@ -216,7 +218,11 @@ class Server:
     def __init__(self, gateway: Gateway, engine: Engine, listening: socket.socket, limits: Limits) -> None:
         self._gateway, self._engine, self._listening, self._limits = gateway, engine, listening, limits
         tire(listening, limits.stall_s)
-        listening.listen(_BACKLOG)
+        try:
+            listening.listen(_BACKLOG)
+        except OSError as error:
+            # Another process bound it too, and was the first to listen.
+            raise _taken(error, *listening.getsockname()[:2]) from error
         config = uvicorn.Config(
             gateway,
             http=protocol(head_s=limits.head_s, stall_s=limits.stall_s, most=_most_connections()),
