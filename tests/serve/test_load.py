@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 import time
@@ -109,6 +110,15 @@ def test_v7_a_chunked_large_body_is_not_kept() -> None:
         status, _, body = exchange(served, head + b"Transfer-Encoding: chunked\r\n\r\n" + chunk * 3)
         assert status == 413
         assert_error(413, body, "body_too_large")
+
+
+def test_v7_who_sends_the_whole_body_first_reads_the_413_all_the_same() -> None:
+    with running() as served:
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=WAIT_S)
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", body=bytes(20 * 2**20), headers=headers)
+        assert connection.getresponse().status == 413
+        connection.close()
 
 
 def test_v6_a_head_that_does_not_come_is_cut_off() -> None:

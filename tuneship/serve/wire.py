@@ -15,6 +15,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 # A key, a request id and what a proxy adds are a few hundred.
 _HEAD_BYTES = 2**16
+# Of a body that nobody reads any more.
+_REST_BYTES = 2**28
 
 
 def protocol(*, head_s: float, stall_s: float, most: int) -> type[asyncio.Protocol]:
@@ -45,7 +47,9 @@ def protocol(*, head_s: float, stall_s: float, most: int) -> type[asyncio.Protoc
                 self._head, self._head_bytes = None, 0
                 return
             self._head_bytes += len(data)
-            if self._head_bytes > _HEAD_BYTES:
+            # Who is refused for the size of a body is sending it still, and reads the answer afterwards.
+            most = _REST_BYTES if self.cycle is not None and self.cycle.more_body else _HEAD_BYTES
+            if self._head_bytes > most:
                 self.transport.abort()
             elif self._head is None:
                 self._head = self.loop.call_later(head_s, self.transport.abort)
