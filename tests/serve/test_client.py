@@ -154,6 +154,7 @@ def test_a_server_that_ends_too_early_is_told() -> None:
         (b'data: {"text": "SELECT"}\n\n', "the server broke off"),
         (b'data: {"error": {"message": "out of memory"}}\n\n', "broke off: out of memory"),
         (b"data: {\n\n", "no gateway of ours"),
+        (b'data: {"text": 5}\n\n', "no gateway of ours"),
     ):
         with canned(head + frames) as url, pytest.raises(OutsideError, match=message):
             ask(url, "which?")

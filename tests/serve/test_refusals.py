@@ -68,6 +68,9 @@ def test_v1_without_keys_only_this_machines_names_are_answered() -> None:
     with running(local_only=True) as served:
         for host, expected in [
             ("localhost:1", 200),
+            ("LOCALHOST", 200),
+            ("127.0.0.2:8000", 200),
+            ("127.0.0.1.evil.example", 403),
             ("127.0.0.1", 200),
             ("[::1]:80", 200),
             ("evil.example", 403),

@@ -165,7 +165,9 @@ def _from_server(url: str, question: str, context: str, model: str | None) -> It
                     event = json.loads(data)
                     if "error" in event:
                         raise OutsideError(f"the server broke off: {event['error']['message']}", where=address)
-                    yield event["text"]
+                    if not isinstance(text := event["text"], str):
+                        raise TypeError(f"text is {type(text).__name__}")
+                    yield text
     except TuneshipError:
         raise
     except (httpx.ConnectError, httpx.ConnectTimeout) as error:

@@ -22,6 +22,7 @@ Not covered: fairness between keys; TLS, which belongs to what stands in front.
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -40,7 +41,7 @@ from tuneship.serve.shapes import ApiError, Shape, Streamed
 
 # For telling those who are cut off.
 _LAST_WORD_S = 1.0
-_LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_LOCAL_NAME = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?", re.IGNORECASE | re.ASCII)
 
 
 def _to_stderr(line: bytes) -> None:
@@ -326,5 +327,4 @@ def chat_row(messages: tuple[Message, ...]) -> dict[str, str]:
 
 
 def _names_this_machine(host: bytes) -> bool:
-    name, _, port = host.decode("latin-1").rpartition(":")
-    return (name if port.isdigit() else host.decode("latin-1")) in _LOCAL_NAMES
+    return _LOCAL_NAME.fullmatch(host.decode("latin-1")) is not None

@@ -130,7 +130,11 @@ def _engine(
     if engine == "vllm":
         from tuneship.serve.vllm import Vllm
 
-        return Vllm(found, files, settings, shlex.split(arguments))
+        try:
+            more = shlex.split(arguments)
+        except ValueError as error:
+            raise InputError(f"this is no list of arguments: {error}", where=f"--engine-args {arguments}") from None
+        return Vllm(found, files, settings, more)
     from tuneship.serve.local import LocalEngine
 
     return LocalEngine(found, files, slots=settings.max_num_seqs, length=settings.max_model_len)
