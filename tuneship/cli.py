@@ -52,7 +52,8 @@ def main() -> None:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
             say("interrupted")
-        sys.exit(code)
+        if code:
+            sys.exit(code)
     except TuneshipError as error:
         if "--debug" in sys.argv or os.environ.get("TUNESHIP_DEBUG"):
             say(redact(traceback.format_exc()))
