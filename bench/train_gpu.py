@@ -55,6 +55,8 @@ LINES = [
     "ours bfloat16 two GPUs, two packs an update",
     "profile bfloat16",
     "profile fp8",
+    "profile bfloat16 all",
+    "profile fp8 all",
     "profile two rows an update",
     "TRL, the tutorial's recipe",
     "TRL at its best",
@@ -170,7 +172,7 @@ def ours(
     }
 
 
-def profile(base: Path, file: Path, precision: str, *, small: bool) -> dict[str, Any]:
+def profile(base: Path, file: Path, precision: str, targets: tuple[str, ...], *, small: bool) -> dict[str, Any]:
     """The kernels of one update, by time, into a file."""
     import torch
     from torch.profiler import ProfilerActivity
@@ -181,7 +183,7 @@ def profile(base: Path, file: Path, precision: str, *, small: bool) -> dict[str,
     from tuneship.data.packing import Tokens, pack, plan
     from tuneship.loss import answer_loss
 
-    recipe = recipe_of(base)
+    recipe = recipe_of(base, lora={"target_modules": list(targets)})
     tokens = Tokens.build([(row[: len(row) // 2], row[len(row) // 2 :]) for row in draw_rows(2000)])
     files = BaseFiles(str(base), base, "local")
     model = trainable.load(files, precision, recipe.lora, seed=0, tokens=8192, longest=512)
@@ -357,7 +359,8 @@ def one(line: str, base: Path, scratch: Path) -> dict[str, Any]:
     kind, precision, *rest = line.split(" ", 2)
     if kind == "profile":
         small = precision == "two"
-        return profile(base, folder.with_suffix(".txt"), "bfloat16" if small else precision, small=small)
+        targets = ALL if rest == ["all"] else QV
+        return profile(base, folder.with_suffix(".txt"), "bfloat16" if small else precision, targets, small=small)
     what = rest[0]
     if what.endswith("job"):
         return job(base, folder)

@@ -25,11 +25,12 @@ from tuneship import memory
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
-from tuneship.kernels import attention, gemma2, operations, to_device
+from tuneship.kernels import attention, gemma2, low, operations, to_device
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Documents, Layout
 from tuneship.kernels.frozen import Fp8, Frozen, Nf4, Plain
-from tuneship.kernels.gemma2 import Adapter, Batch, Keep, Layer, Shape
+from tuneship.kernels.gemma2 import Batch, Keep, Layer, Shape
+from tuneship.kernels.low import Adapter
 from tuneship.kernels.reference import Bounds
 from tuneship.memory import Needs
 from tuneship.model import LoadedModel
@@ -164,8 +165,8 @@ class HandModel(LoadedModel):
         """The last hidden states, (tokens, width), of (tokens,) int64 ids whose places are known."""
         # The embedding's scale is rounded to the weights' type, as in the model that was trained.
         x = self.embedding[ids] * torch.tensor(self.shape.width**0.5, dtype=self.embedding.dtype)
-        for layer, (adapters, weights) in zip(self.layers, self._adapters(), strict=True):
-            x = gemma2.run_layer(x, layer, of, adapters, weights, self.keep)
+        for layer, side in zip(self.layers, low.sides(list(self._adapters()), x.dtype), strict=True):
+            x = gemma2.run_layer(x, layer, of, side, self.keep)
         return gemma2.run_norm(x, self.last_norm, self.shape.eps)
 
     def _adapters(self) -> Iterator[tuple[list[Adapter], list[Tensor]]]:

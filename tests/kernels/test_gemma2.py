@@ -15,10 +15,10 @@ from torch import Tensor
 from tuneship import model as models
 from tuneship import trainable
 from tuneship.base import BaseFiles
-from tuneship.kernels import gemma2
 from tuneship.kernels.attention import Documents
 from tuneship.kernels.frozen import Plain
 from tuneship.kernels.gemma2 import Keep
+from tuneship.kernels.low import Adapter, Low, sides
 from tuneship.kernels.reference import Rows
 from tuneship.recipe import Lora
 from tuneship.trainable import HandModel
@@ -198,11 +198,11 @@ def test_the_low_rank_side_equals_autograds(dropout: float) -> None:
     """Two adapters side by side, and one beyond outputs that have none."""
     torch.manual_seed(0)
     places = [("q_proj", 0, 8, 0.5), ("k_proj", 8, 12, 2.0), ("v_proj", 20, 24, 1.0)]
-    adapters = [gemma2.Adapter(name, "qkv", start, end, scale, dropout) for name, start, end, scale in places]
+    adapters = [Adapter(name, "qkv", start, end, scale, dropout) for name, start, end, scale in places]
     shapes = [shape for _, start, end, _ in places for shape in ((3, 40), (end - start, 3))]
     weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
     x, dy = torch.randn(50, 40, requires_grad=True), torch.randn(50, 24)
-    low = gemma2._Low(adapters, [weight.detach() for weight in weights], torch.float32)
+    low = Low(sides([(adapters, weights)], torch.float32)[0])
     masks = low.masks("qkv", x)
     assert len(masks) == (3 if dropout else 0)
 
@@ -224,8 +224,8 @@ def test_the_low_rank_side_equals_autograds(dropout: float) -> None:
 
 
 def test_each_adapter_draws_its_own_mask() -> None:
-    adapters = [gemma2.Adapter(name, "qkv", at, at + 8, 1.0, 0.5) for name, at in (("q_proj", 0), ("k_proj", 8))]
-    low = gemma2._Low(adapters, [torch.zeros(2, 2)] * 4, torch.float32)
+    adapters = [Adapter(name, "qkv", at, at + 8, 1.0, 0.5) for name, at in (("q_proj", 0), ("k_proj", 8))]
+    low = Low(sides([(adapters, [torch.zeros(2, 40), torch.zeros(8, 2)] * 2)], torch.float32)[0])
     masks = low.masks("qkv", torch.empty(50, 40))
     assert masks.keys() == {0, 1}
     assert not torch.equal(masks[0], masks[1])

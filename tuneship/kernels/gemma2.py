@@ -13,7 +13,6 @@ windows, four norms a layer with 1 + weight, tanh-gelu.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from tuneship.kernels import operations
 from tuneship.kernels.frozen import Frozen
+from tuneship.kernels.low import Low, Side
 from tuneship.kernels.reference import PLAIN, Bounds, Rows, Want
 
 Keep = Literal["all", "most", "input"]
@@ -103,18 +103,6 @@ class Batch:
     bounds: Bounds
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """The adapter of one linear: adds scale · dropout(x)·Aᵀ·Bᵀ."""
-
-    name: str
-    product: str
-    start: int
-    end: int
-    scale: float
-    dropout: float
-
-
 def batch(positions: Tensor, bounds: Bounds, shape: Shape) -> Batch:
     """The rotary angles of each token."""
     exponent = torch.arange(0, shape.head_dim, 2, device=positions.device, dtype=torch.float32) / shape.head_dim
@@ -122,15 +110,9 @@ def batch(positions: Tensor, bounds: Bounds, shape: Shape) -> Batch:
     return Batch(angle.cos(), angle.sin(), bounds)
 
 
-def run_layer(
-    x: Tensor, layer: Layer, of: Batch, adapters: Sequence[Adapter], weights: Sequence[Tensor], keep: Keep
-) -> Tensor:
-    """One layer: (tokens, width) to (tokens, width).
-
-    Args:
-        weights: A and B of each adapter in turn, (r, inputs) and (outputs, r), float32.
-    """
-    out: Tensor = _Layer.apply(x, layer, of, tuple(adapters), keep, *weights)  # type: ignore[no-untyped-call]
+def run_layer(x: Tensor, layer: Layer, of: Batch, side: Side, keep: Keep) -> Tensor:
+    """One layer with its adapters: (tokens, width) to (tokens, width)."""
+    out: Tensor = _Layer.apply(x, layer, of, side, keep, *side.parameters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -140,133 +122,21 @@ def run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def _block_diagonal(blocks: list[Tensor]) -> Tensor:
-    whole: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    return whole
-
-
-def _parts(x: Tensor, sizes: list[int], dim: int) -> list[Tensor]:
-    return list(torch.split(x, sizes, dim))
-
-
-class _Low:
-    """The low-rank side of one layer: which adapters meet which product, and what they need to go back.
-
-    Adapters that stand side by side in a fused product are one pair of matrices here, B block-diagonal:
-    the product's output is read and written once for all of them.
-    """
-
-    def __init__(self, adapters: Sequence[Adapter], weights: Sequence[Tensor], dtype: torch.dtype) -> None:
-        self.adapters = adapters
-        self.a = [w.to(dtype) for w in weights[::2]]
-        self.b = [(w * adapter.scale).to(dtype) for w, adapter in zip(weights[1::2], adapters, strict=True)]
-        self.inner: dict[int, Tensor] = {}
-        """x·Aᵀ of each adapter, from the way forward."""
-        self.d_inner: dict[int, Tensor] = {}
-        self.gradients: list[Tensor | None] = [None] * (2 * len(adapters))
-
-    def of(self, product: str) -> list[int]:
-        """The adapters of a product, in the order of its outputs."""
-        return [index for index, adapter in enumerate(self.adapters) if adapter.product == product]
-
-    def _runs(self, product: str) -> list[list[int]]:
-        """The same, parted where outputs without an adapter lie between."""
-        runs: list[list[int]] = []
-        for index in self.of(product):
-            if runs and self.adapters[runs[-1][-1]].end == self.adapters[index].start:
-                runs[-1].append(index)
-            else:
-                runs.append([index])
-        return runs
-
-    def _span(self, run: list[int]) -> slice:
-        return slice(self.adapters[run[0]].start, self.adapters[run[-1]].end)
-
-    def masks(self, product: str, x: Tensor) -> dict[int, Tensor]:
-        """Dropout's masks, drawn for each adapter on its own, as PEFT does."""
-        return {
-            index: torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - self.adapters[index].dropout)
-            for index in self.of(product)
-            if self.adapters[index].dropout
-        }
-
-    def _dropped(self, index: int, x: Tensor, masks: dict[int, Tensor]) -> Tensor:
-        return x * masks[index] / (1 - self.adapters[index].dropout) if index in masks else x
-
-    def add(self, product: str, x: Tensor | None, y: Tensor, masks: dict[int, Tensor]) -> None:
-        """Adds the adapters' share to a product's output, in place."""
-        here = self.of(product)
-        if not here:
-            return
-        assert x is not None
-        if masks:
-            inner = [self._dropped(index, x, masks) @ self.a[index].t() for index in here]
-        else:
-            both = x @ torch.cat([self.a[index] for index in here]).t()
-            inner = _parts(both, [len(self.a[index]) for index in here], -1)
-        self.inner.update(zip(here, inner, strict=True))
-        for run in self._runs(product):
-            low = torch.cat([self.inner[index] for index in run], -1)
-            y[:, self._span(run)].addmm_(low, _block_diagonal([self.b[index] for index in run]).t())
-
-    def add_back(self, product: str, dy: Tensor | None, dx: Tensor | None, masks: dict[int, Tensor]) -> None:
-        """Adds the adapters' share to the gradient of a product's input, in place."""
-        here = self.of(product)
-        if not here:
-            return
-        assert dy is not None
-        for run in self._runs(product):
-            both = dy[:, self._span(run)] @ _block_diagonal([self.b[index] for index in run])
-            self.d_inner.update(zip(run, _parts(both, [len(self.a[index]) for index in run], -1), strict=True))
-        if dx is None:
-            return
-        if masks:
-            for index in here:
-                dx += self._dropped(index, self.d_inner[index] @ self.a[index], masks)
-        else:
-            dx.addmm_(torch.cat([self.d_inner[i] for i in here], -1), torch.cat([self.a[index] for index in here]))
-
-    def note(self, product: str, x: Tensor | None, dy: Tensor | None, masks: dict[int, Tensor]) -> None:
-        """Notes the gradients of the adapters' weights."""
-        here = self.of(product)
-        if not here:
-            return
-        assert x is not None and dy is not None
-        if masks:
-            d_a = [self.d_inner[index].t() @ self._dropped(index, x, masks) for index in here]
-        else:
-            both = torch.cat([self.d_inner[index] for index in here], -1).t() @ x
-            d_a = _parts(both, [len(self.a[index]) for index in here], 0)
-        for index, gradient in zip(here, d_a, strict=True):
-            self.gradients[2 * index] = gradient.float()
-        for run in self._runs(product):
-            whole = dy[:, self._span(run)].t() @ torch.cat([self.inner[index] for index in run], -1)
-            row = column = 0
-            for index in run:
-                adapter, rank = self.adapters[index], len(self.a[index])
-                height = adapter.end - adapter.start
-                block = whole[row : row + height, column : column + rank]
-                self.gradients[2 * index + 1] = block.float() * adapter.scale
-                row, column = row + height, column + rank
-
-
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, layer: Layer, of: Batch, adapters: tuple[Adapter, ...], keep: Keep, *weights: Tensor
-    ) -> Tensor:
-        low = _Low(adapters, weights, x.dtype)
+    def forward(ctx: Any, x: Tensor, layer: Layer, of: Batch, side: Side, keep: Keep, *parameters: Tensor) -> Tensor:
+        low = Low(side)
         masks = {}
-        if any(adapter.dropout for adapter in adapters):
+        if any(adapter.dropout for adapter in side.adapters):
             masks = {name: low.masks(name, x.new_empty(len(x), width)) for name, width in layer.shape.inputs.items()}
         out, kept = _forward(x, layer, of, low, masks)
-        kept |= {f"inner {index}": tensor for index, tensor in low.inner.items()}
+        kept |= {f"inner {product}": tensor for product, tensor in low.inner.items()}
         if keep == "input":
             kept = {}
         elif keep == "most":
             kept = {name: tensor for name, tensor in kept.items() if name != "gate_up"}
         ctx.layer, ctx.of, ctx.low, ctx.masks = layer, of, low, masks
-        # Saved below, or made again: the low-rank side itself is only weights in the layer's precision.
+        # Saved below, or made again.
         low.inner = {}
         ctx.names = list(kept)
         ctx.save_for_backward(x, *kept.values())
@@ -276,9 +146,9 @@ class _Layer(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, *rest = ctx.saved_tensors
         kept = dict(zip(ctx.names, rest, strict=True))
-        low: _Low = ctx.low
+        low: Low = ctx.low
         if kept:
-            low.inner = {index: kept[f"inner {index}"] for index in range(len(low.adapters))}
+            low.inner = {product: kept[f"inner {product}"] for product in low.side.a}
         else:
             kept = _forward(x, ctx.layer, ctx.of, low, ctx.masks)[1]
         dx = _backward(gradients[0].contiguous(), x, kept, ctx.layer, ctx.of, low, ctx.masks, ctx.needs_input_grad[0])
@@ -286,7 +156,7 @@ class _Layer(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, layer: Layer, of: Batch, low: _Low, masks: dict[str, dict[int, Tensor]]
+    x: Tensor, layer: Layer, of: Batch, low: Low, masks: dict[str, dict[int, Tensor]]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The layer's output, and what the way back needs."""
     ops, shape, products = operations(x), layer.shape, layer.products
@@ -318,14 +188,14 @@ def _forward(
     }
 
 
-def _want(layer: Layer, low: _Low, product: str, *, needed: bool = True) -> Want:
+def _want(layer: Layer, low: Low, product: str, *, needed: bool = True) -> Want:
     """The forms in which a product and its adapters read a matrix."""
     fp8 = layer.products[product].fp8 and needed
     return Want(plain=not fp8 or bool(low.of(product)), fp8=fp8)
 
 
 def _gate_up(
-    ops: Any, middle: Tensor, layer: Layer, low: _Low, masks: dict[str, dict[int, Tensor]]
+    ops: Any, middle: Tensor, layer: Layer, low: Low, masks: dict[str, dict[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     hidden, r_middle = ops.norm(middle, layer.norms["pre_feedforward"], layer.shape.eps, _want(layer, low, "gate_up"))
     gate_up = layer.products["gate_up"].forward(hidden)
@@ -339,7 +209,7 @@ def _backward(
     kept: dict[str, Tensor],
     layer: Layer,
     of: Batch,
-    low: _Low,
+    low: Low,
     masks: dict[str, dict[int, Tensor]],
     wanted: bool,
 ) -> Tensor | None:
