@@ -49,6 +49,8 @@ def test_a_filled_pass_is_the_pass(model: HandModel, lengths: tuple[int, ...], s
     filled = replay.fill(packed, size, share)
     shapes = {name: tuple(tensor.shape) for name, tensor in filled.items()}
     assert set(shapes.values()) == {(size,)}
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
     loss = replay.run(model, filled)
     assert float(loss) == pytest.approx(float(expected_loss.detach()), rel=1e-6)
     for (name, parameter), gradient in zip(parameters.items(), expected, strict=True):

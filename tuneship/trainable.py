@@ -28,7 +28,7 @@ from tuneship.errors import InputError
 from tuneship.kernels import attention, gemma2, low, operations, to_device
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Documents, Layout
-from tuneship.kernels.frozen import Fp8, Frozen, Nf4, Plain
+from tuneship.kernels.frozen import Fp8, Frozen, Joined, Nf4, Plain
 from tuneship.kernels.gemma2 import Batch, Keep, Layer, Shape
 from tuneship.kernels.low import Adapter
 from tuneship.kernels.reference import Bounds
@@ -110,7 +110,7 @@ def load_by_hand(
         )
     causal.requires_grad_(False)
     with _Weights(files, device, dtype) as weights:
-        layers = _read_layers(weights, files.config, shape, precision)
+        layers = _read_layers(weights, files.config, shape, precision, lora)
         model = HandModel(
             causal,
             models.load_tokenizer(files),
@@ -165,7 +165,8 @@ class HandModel(LoadedModel):
         """The last hidden states, (tokens, width), of (tokens,) int64 ids whose places are known."""
         # The embedding's scale is rounded to the weights' type, as in the model that was trained.
         x = self.embedding[ids] * torch.tensor(self.shape.width**0.5, dtype=self.embedding.dtype)
-        for layer, side in zip(self.layers, low.sides(list(self._adapters()), x.dtype), strict=True):
+        sides = low.sides(list(self._adapters()), [layer.products for layer in self.layers], x.dtype)
+        for layer, side in zip(self.layers, sides, strict=True):
             x = gemma2.run_layer(x, layer, of, side, self.keep)
         return gemma2.run_norm(x, self.last_norm, self.shape.eps)
 
@@ -215,7 +216,7 @@ class _Weights:
         return tensor.to(self._dtype)
 
 
-def _read_layers(weights: _Weights, config: dict[str, Any], shape: Shape, precision: str) -> list[Layer]:
+def _read_layers(weights: _Weights, config: dict[str, Any], shape: Shape, precision: str, lora: Lora) -> list[Layer]:
     """Every layer's frozen weights; several layers are read at a time."""
     kinds = config.get("layer_types") or [
         "sliding_attention" if index % 2 == 0 else "full_attention" for index in range(config["num_hidden_layers"])
@@ -227,7 +228,8 @@ def _read_layers(weights: _Weights, config: dict[str, Any], shape: Shape, precis
         for product, parts in shape.parts.items():
             place = "self_attn" if product in ("qkv", "o") else "mlp"
             whole = torch.cat([weights[f"{prefix}{place}.{name}.weight"] for name, _, _ in parts])
-            products[product] = _frozen(whole, precision)
+            named = [name for name, _, _ in parts if lora.target_modules == "all-linear" or name in lora.target_modules]
+            products[product] = _frozen(whole, precision, lora.r * len(named), below=product in ("o", "down"))
         norms = {name: weights[f"{prefix}{name}_layernorm.weight"] for name in _NORMS}
         return Layer(shape, kinds[index] == "sliding_attention", products, norms)
 
@@ -235,7 +237,11 @@ def _read_layers(weights: _Weights, config: dict[str, Any], shape: Shape, precis
         return list(readers.map(layer, range(config["num_hidden_layers"])))
 
 
-def _frozen(weight: Tensor, precision: str) -> Frozen:
+def _frozen(weight: Tensor, precision: str, room: int = 0, *, below: bool = False) -> Frozen:
+    """A weight in its frozen form; where the form allows, with room for adapters of so many ranks in all."""
     if precision == "fp8":
         return Fp8(weight, operations(weight).quantise)
-    return Nf4(weight) if precision == "nf4" else Plain(weight)
+    if precision == "nf4":
+        return Nf4(weight)
+    # A row must begin at a multiple of 16 bytes to be read at full speed.
+    return Joined(weight, room, below=below) if room and room % 8 == 0 and room <= Joined.MOST else Plain(weight)

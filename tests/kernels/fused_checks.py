@@ -9,6 +9,7 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels/fused_checks.py -v
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,6 +82,8 @@ def same_rows(ours: Rows, theirs: Rows, want: Want, dtype: torch.dtype) -> None:
     forms = (ours.plain is not None, ours.quantised is not None, ours.scale is not None)
     assert forms == (want.plain, want.fp8, want.fp8)
     if ours.plain is not None and theirs.plain is not None:
+        assert ours.whole is not None and ours.whole.shape[1] == ours.plain.shape[1] + want.room
+        assert ours.whole.data_ptr() == ours.plain.data_ptr()
         # One step of bfloat16: the sum before it was made in another order.
         close(ours.plain, theirs.plain, SAME if dtype == torch.float32 else 2**-8)
     if ours.quantised is None:
@@ -109,10 +112,14 @@ def exact(quantised: Tensor, scale: Tensor, expected: Tensor, expected_scale: Te
 @dtypes
 # As wide as a block, one more, less than any.
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (5, 65), (3, 24)], ids=str)
-def test_norm(tokens: int, width: int, dtype: torch.dtype, want: Want) -> None:
-    x, weight = random(tokens, width, dtype=dtype, size=2.0), random(width, dtype=dtype, seed=1, size=0.3)
-    dy, add = random(tokens, width, dtype=dtype, seed=2), random(tokens, width, dtype=dtype, seed=3)
-    ours, r = fused.norm(x, weight, EPS, want)
+@pytest.mark.parametrize("room", [0, 3])
+def test_norm(tokens: int, width: int, room: int, dtype: torch.dtype, want: Want) -> None:
+    """What is written may stand in a wider matrix, and so may what the way back reads."""
+    want = replace(want, room=room)
+    x = random(tokens, width + room, dtype=dtype, size=2.0)[:, :width]
+    weight = random(width, dtype=dtype, seed=1, size=0.3)
+    dy, add = random(tokens, width + room, dtype=dtype, seed=2)[:, :width], random(tokens, width, dtype=dtype, seed=3)
+    ours, r = fused.norm(x.contiguous(), weight, EPS, want)
     theirs, expected = reference.norm(x, weight, EPS, want)
     same_rows(ours, theirs, want, dtype)
     close(r, expected, SAME)
@@ -123,7 +130,11 @@ def test_norm(tokens: int, width: int, dtype: torch.dtype, want: Want) -> None:
 
 @dtypes
 def test_add_norm(dtype: torch.dtype) -> None:
-    x, residual, weight = random(5, 65, dtype=dtype), random(5, 65, dtype=dtype, seed=1), random(65, dtype=dtype)
+    x, residual, weight = (
+        random(5, 70, dtype=dtype)[:, :65],
+        random(5, 65, dtype=dtype, seed=1),
+        random(65, dtype=dtype),
+    )
     ours, theirs = fused.add_norm(residual, x, weight, EPS), reference.add_norm(residual, x, weight, EPS)
     close(ours[0], theirs[0], SAME if dtype == torch.float32 else 2**-8)
     close(ours[1], theirs[1], SAME)

@@ -5,6 +5,7 @@ python -m pytest tests/kernels/test_gemma2.py -v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import get_args
 
 import pytest
@@ -15,11 +16,12 @@ from torch import Tensor
 from tuneship import model as models
 from tuneship import trainable
 from tuneship.base import BaseFiles
+from tuneship.kernels import reference
 from tuneship.kernels.attention import Documents
-from tuneship.kernels.frozen import Plain
+from tuneship.kernels.frozen import Frozen, Joined, Plain
 from tuneship.kernels.gemma2 import Keep
 from tuneship.kernels.low import Adapter, Low, sides
-from tuneship.kernels.reference import Rows
+from tuneship.kernels.reference import Rows, Want
 from tuneship.recipe import Lora
 from tuneship.trainable import HandModel
 
@@ -193,8 +195,16 @@ def test_dropout_changes_no_mean_and_is_off_in_evaluation(files: BaseFiles) -> N
     assert whole.norm() > 5 * spread
 
 
+FORMS: dict[str, Callable[[Tensor], Frozen]] = {
+    "plain": Plain,
+    "beside": lambda weight: Joined(weight, 9, below=False),
+    "below": lambda weight: Joined(weight, 9, below=True),
+}
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_the_low_rank_side_equals_autograds(dropout: float) -> None:
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+def test_the_low_rank_side_equals_autograds(form: Callable[[Tensor], Frozen], dropout: float) -> None:
     """Two adapters side by side, and one beyond outputs that have none."""
     torch.manual_seed(0)
     places = [("q_proj", 0, 8, 0.5), ("k_proj", 8, 12, 2.0), ("v_proj", 20, 24, 1.0)]
@@ -202,21 +212,24 @@ def test_the_low_rank_side_equals_autograds(dropout: float) -> None:
     shapes = [shape for _, start, end, _ in places for shape in ((3, 40), (end - start, 3))]
     weights = [torch.randn(shape, requires_grad=True) for shape in shapes]
     x, dy = torch.randn(50, 40, requires_grad=True), torch.randn(50, 24)
-    low = Low(sides([(adapters, weights)], torch.float32)[0])
+    whole = torch.randn(24, 40)
+    frozen = form(whole)
+    low = Low(sides([(adapters, weights)], [{"qkv": frozen}], torch.float32)[0])
     masks = low.masks("qkv", x)
     assert len(masks) == (3 if dropout else 0)
 
-    expected = torch.zeros(50, 24)
+    expected = x @ whole.t()
     for index, (_, start, end, scale) in enumerate(places):
         seen = x * masks[index] / (1 - dropout) if dropout else x
         added = scale * seen @ weights[2 * index].t() @ weights[2 * index + 1].t()
         expected = expected + torch.nn.functional.pad(added, (start, 24 - end))
     expected.backward(dy)
 
-    y, dx = torch.zeros(50, 24), torch.zeros(50, 40)
-    low.add("qkv", x.detach(), y, masks)
-    low.add_back("qkv", dy, dx, masks)
+    room = Want(room=9)
+    y = low.forward("qkv", frozen, reference.rows(x.detach(), room), masks)
+    dx = low.backward("qkv", frozen, reference.rows(dy, room), masks)
     low.note("qkv", x.detach(), dy, masks)
+    assert dx is not None
     assert tiny.distance(y, expected.detach()) < 1e-6
     assert tiny.distance(dx, x.grad) < 1e-6
     for ours, weight in zip(low.gradients, weights, strict=True):
@@ -225,7 +238,8 @@ def test_the_low_rank_side_equals_autograds(dropout: float) -> None:
 
 def test_each_adapter_draws_its_own_mask() -> None:
     adapters = [Adapter(name, "qkv", at, at + 8, 1.0, 0.5) for name, at in (("q_proj", 0), ("k_proj", 8))]
-    low = Low(sides([(adapters, [torch.zeros(2, 40), torch.zeros(8, 2)] * 2)], torch.float32)[0])
+    weights = [torch.zeros(2, 40), torch.zeros(8, 2)] * 2
+    low = Low(sides([(adapters, weights)], [{"qkv": Plain(torch.zeros(16, 40))}], torch.float32)[0])
     masks = low.masks("qkv", torch.empty(50, 40))
     assert masks.keys() == {0, 1}
     assert not torch.equal(masks[0], masks[1])

@@ -2,7 +2,8 @@
 
 `Plain` multiplies in the weight's own type. `Fp8` holds e4m3 with a scale a row, once as it stands
 and once transposed, because a product with row-wise scales needs both operands' scales along the
-outer edges: 2 bytes a weight, as bfloat16 has, at twice the arithmetic. `Nf4` holds four bits a
+outer edges: 2 bytes a weight, as bfloat16 has, at twice the arithmetic. `Joined` has room for the adapters
+that meet the weight, so that one product gives their share too. `Nf4` holds four bits a
 weight (QLoRA, arXiv:2305.14314) and unpacks the matrix for each product: for cards that do not hold
 more.
 """
@@ -22,6 +23,10 @@ class Frozen(Protocol):
 
     fp8: bool
     """Whether rows are wanted quantised."""
+    whole: Tensor | None
+    """The weight with its adapters' matrices, where there is room for them."""
+    below: bool
+    """Whether A stands below the weight; if not, B stands beside it."""
 
     def forward(self, rows: Rows) -> Tensor:
         """(tokens, outputs)"""
@@ -36,6 +41,8 @@ class Plain:
     """A weight in float32 or bfloat16."""
 
     fp8 = False
+    whole: Tensor | None = None
+    below = False
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -51,10 +58,33 @@ class Plain:
         return rows.plain @ self.weight
 
 
+class Joined(Plain):
+    """A weight in float32 or bfloat16, with room for the adapters of its linears (`tuneship.kernels.low`).
+
+    B stands beside the weight, y = [x x·Aᵀ]·[W B]ᵀ and dy·[W B] = [dy·W dy·B], or A below it, x·[W; A]ᵀ =
+    [x·Wᵀ x·Aᵀ] and dx = [dy dy·B]·[W; A]. The first saves a pass over the output and its gradient, the second
+    one over the input and its gradient: take the wider.
+    """
+
+    MOST = 128
+    """Room for more ranks costs more arithmetic than it saves."""
+    whole: Tensor
+
+    def __init__(self, weight: Tensor, room: int, *, below: bool) -> None:
+        outputs, inputs = weight.shape
+        self.below = below
+        size = (outputs + room, inputs) if below else (outputs, inputs + room)
+        self.whole = weight.new_zeros(size)
+        super().__init__(self.whole[:outputs, :inputs])
+        self.weight.copy_(weight)
+
+
 class Fp8:
     """A weight in e4m3, quantised from (outputs, inputs) by `quantise` (rows in, values and scales out)."""
 
     fp8 = True
+    whole: Tensor | None = None
+    below = False
 
     def __init__(self, weight: Tensor, quantise: Any) -> None:
         self.dtype = weight.dtype
@@ -87,6 +117,8 @@ class Nf4:
     """A weight in NF4 blocks of 64, by bitsandbytes."""
 
     fp8 = False
+    whole: Tensor | None = None
+    below = False
 
     def __init__(self, weight: Tensor) -> None:
         from bitsandbytes import functional

@@ -22,12 +22,13 @@ LOW: tl.constexpr = tl.constexpr(-1e30)
 
 @triton.jit
 def _put_rows(
-    value, plain, quantised, scale, token, width, columns, inside, LIKE, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr
-):
+    value, plain, quantised, scale, token, width, stride, columns, inside, LIKE,
+    IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
+):  # fmt: skip
     """Writes a row in the forms that are wanted."""
     stored = value.to(LIKE)
     if IN_PLAIN:
-        tl.store(plain + token * width + columns, stored, mask=inside)
+        tl.store(plain + token * stride + columns, stored, mask=inside)
     if IN_FP8:
         # Of the rounded row, not of the float32 before it: the same as quantising the stored row.
         rounded = stored.to(tl.float32)
@@ -38,10 +39,11 @@ def _put_rows(
 
 def _outputs(tokens: int, width: int, like: Tensor, want: Want) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
     """Room for rows, and the three pointers that a kernel takes (`like` where a form is not wanted)."""
-    plain = torch.empty(tokens, width, dtype=like.dtype, device=like.device) if want.plain else None
+    whole = torch.empty(tokens, width + want.room, dtype=like.dtype, device=like.device) if want.plain else None
+    plain = whole if whole is None or not want.room else whole[:, :width]
     quantised = torch.empty(tokens, width, dtype=FP8, device=like.device) if want.fp8 else None
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=like.device) if want.fp8 else None
-    return Rows(plain, quantised, scale), tuple(like if t is None else t for t in (plain, quantised, scale))  # type: ignore[return-value]
+    return Rows(plain, quantised, scale, whole), tuple(like if t is None else t for t in (plain, quantised, scale))  # type: ignore[return-value]
 
 
 def _block(width: int) -> tuple[int, int]:
@@ -55,7 +57,7 @@ def _block(width: int) -> tuple[int, int]:
 
 @triton.jit
 def _norm(
-    x, weight, plain, quantised, scale, r_out, width, eps,
+    x, weight, plain, quantised, scale, r_out, width, stride, eps,
     BLOCK: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -66,8 +68,9 @@ def _norm(
     r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
     tl.store(r_out + token, r)
     _put_rows(
-        v * r * (1.0 + w), plain, quantised, scale, token, width, columns, inside, x.dtype.element_ty, IN_PLAIN, IN_FP8
-    )
+        v * r * (1.0 + w), plain, quantised, scale, token, width, stride, columns, inside, x.dtype.element_ty,
+        IN_PLAIN, IN_FP8,
+    )  # fmt: skip
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, want: Want = PLAIN) -> tuple[Rows, Tensor]:
@@ -76,16 +79,18 @@ def norm(x: Tensor, weight: Tensor, eps: float, want: Want = PLAIN) -> tuple[Row
     out, pointers = _outputs(tokens, width, x, want)
     r = torch.empty(tokens, dtype=torch.float32, device=x.device)
     block, warps = _block(width)
-    _norm[(tokens,)](x, weight, *pointers, r, width, eps, block, want.plain, want.fp8, num_warps=warps)
+    _norm[(tokens,)](
+        x, weight, *pointers, r, width, width + want.room, eps, block, want.plain, want.fp8, num_warps=warps
+    )
     return out, r
 
 
 @triton.jit
-def _add_norm(residual, x, weight, out, r_out, width, eps, BLOCK: tl.constexpr):
+def _add_norm(residual, x, weight, out, r_out, width, stride, eps, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    v = tl.load(x + token * width + columns, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + token * stride + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(residual + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(v * v, 0) / width + eps)
@@ -98,31 +103,31 @@ def _add_norm(residual, x, weight, out, r_out, width, eps, BLOCK: tl.constexpr):
 def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `reference.add_norm`."""
     tokens, width = x.shape
-    out = torch.empty_like(x)
+    out = torch.empty_like(residual)
     r = torch.empty(tokens, dtype=torch.float32, device=x.device)
     block, warps = _block(width)
-    _add_norm[(tokens,)](residual, x, weight, out, r, width, eps, block, num_warps=warps)
+    _add_norm[(tokens,)](residual, x, weight, out, r, width, x.stride(0), eps, block, num_warps=warps)
     return out, r
 
 
 @triton.jit
 def _norm_backward(
-    dy, x, weight, r_in, add, plain, quantised, scale, width,
+    dy, x, weight, r_in, add, plain, quantised, scale, width, dy_stride, x_stride, stride,
     BLOCK: tl.constexpr, ADD: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
-    g = tl.load(dy + token * width + columns, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dy + token * dy_stride + columns, mask=inside, other=0.0).to(tl.float32)
     w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(x + token * width + columns, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(x + token * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(r_in + token)
     g = g * (1.0 + w)
     unit = v * r
     dx = r * (g - unit * (tl.sum(g * unit, 0) / width))
     if ADD:
         dx += tl.load(add + token * width + columns, mask=inside, other=0.0).to(tl.float32)
-    _put_rows(dx, plain, quantised, scale, token, width, columns, inside, x.dtype.element_ty, IN_PLAIN, IN_FP8)
+    _put_rows(dx, plain, quantised, scale, token, width, stride, columns, inside, x.dtype.element_ty, IN_PLAIN, IN_FP8)
 
 
 def norm_backward(
@@ -140,6 +145,9 @@ def norm_backward(
         x if add is None else add,
         *pointers,
         width,
+        dy.stride(0),
+        x.stride(0),
+        width + want.room,
         block,
         add is not None,
         want.plain,

@@ -160,18 +160,16 @@ def _forward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The layer's output, and what the way back needs."""
     ops, shape, products = operations(x), layer.shape, layer.products
-    hidden, r_input = ops.norm(x, layer.norms["input"], shape.eps, _want(layer, low, "qkv"))
-    qkv = products["qkv"].forward(hidden)
-    low.add("qkv", hidden.plain, qkv, masks.get("qkv", {}))
+    hidden, r_input = ops.norm(x, layer.norms["input"], shape.eps, _want(layer, low, "qkv", room=True))
+    qkv = low.forward("qkv", products["qkv"], hidden, masks.get("qkv", {}))
     qkv = ops.rotate(qkv, of.cos, of.sin, shape.heads + shape.kv_heads).plain
     attended, lse = ops.attend(qkv, of.bounds, *_attention_numbers(layer))
-    projected = products["o"].forward(Rows(attended, *(ops.quantise(attended) if products["o"].fp8 else ())))
-    low.add("o", attended, projected, masks.get("o", {}))
+    rows = Rows(attended, *(ops.quantise(attended) if products["o"].fp8 else ()))
+    projected = low.forward("o", products["o"], rows, masks.get("o", {}))
     middle, r_attention = ops.add_norm(x, projected, layer.norms["post_attention"], shape.eps)
     gate_up, r_middle = _gate_up(ops, middle, layer, low, masks)
     active = ops.gelu(gate_up, _want(layer, low, "down"))
-    down = products["down"].forward(active)
-    low.add("down", active.plain, down, masks.get("down", {}))
+    down = low.forward("down", products["down"], active, masks.get("down", {}))
     out, r_down = ops.add_norm(middle, down, layer.norms["post_feedforward"], shape.eps)
     return out, {
         "r_input": r_input,
@@ -188,19 +186,21 @@ def _forward(
     }
 
 
-def _want(layer: Layer, low: Low, product: str, *, needed: bool = True) -> Want:
-    """The forms in which a product and its adapters read a matrix."""
-    fp8 = layer.products[product].fp8 and needed
-    return Want(plain=not fp8 or bool(low.of(product)), fp8=fp8)
+def _want(layer: Layer, low: Low, product: str, *, needed: bool = True, room: bool = False) -> Want:
+    """The forms in which a product and its adapters read a matrix, its input or its output's gradient."""
+    frozen, a = layer.products[product], low.side.a.get(product)
+    fp8 = frozen.fp8 and needed
+    columns = len(a) if room and a is not None and frozen.whole is not None else 0
+    return Want(plain=not fp8 or a is not None, fp8=fp8, room=columns)
 
 
 def _gate_up(
     ops: Any, middle: Tensor, layer: Layer, low: Low, masks: dict[str, dict[int, Tensor]]
 ) -> tuple[Tensor, Tensor]:
-    hidden, r_middle = ops.norm(middle, layer.norms["pre_feedforward"], layer.shape.eps, _want(layer, low, "gate_up"))
-    gate_up = layer.products["gate_up"].forward(hidden)
-    low.add("gate_up", hidden.plain, gate_up, masks.get("gate_up", {}))
-    return gate_up, r_middle
+    hidden, r_middle = ops.norm(
+        middle, layer.norms["pre_feedforward"], layer.shape.eps, _want(layer, low, "gate_up", room=True)
+    )
+    return low.forward("gate_up", layer.products["gate_up"], hidden, masks.get("gate_up", {})), r_middle
 
 
 def _backward(
@@ -219,24 +219,26 @@ def _backward(
     gate_up = kept["gate_up"] if "gate_up" in kept else _gate_up(ops, middle, layer, low, masks)[0]
 
     d_down = ops.norm_backward(
-        d_out, kept["down"], norms["post_feedforward"], kept["r_down"], None, _want(layer, low, "down")
+        d_out, kept["down"], norms["post_feedforward"], kept["r_down"], None, _want(layer, low, "down", room=True)
     )
-    d_active = products["down"].backward(d_down)
-    low.add_back("down", d_down.plain, d_active, masks.get("down", {}))
+    d_active = low.backward("down", products["down"], d_down, masks.get("down", {}))
     d_gate_up, active = ops.gelu_backward(d_active, gate_up, _want(layer, low, "gate_up"), bool(low.of("down")))
     low.note("down", active, d_down.plain, masks.get("down", {}))
-    d_hidden = products["gate_up"].backward(d_gate_up)
-    low.add_back("gate_up", d_gate_up.plain, d_hidden, masks.get("gate_up", {}))
+    d_hidden = low.backward("gate_up", products["gate_up"], d_gate_up, masks.get("gate_up", {}))
     if low.of("gate_up"):
         hidden = ops.norm(middle, norms["pre_feedforward"], shape.eps, PLAIN)[0].plain
         low.note("gate_up", hidden, d_gate_up.plain, masks.get("gate_up", {}))
     d_middle = ops.norm_backward(d_hidden, middle, norms["pre_feedforward"], kept["r_middle"], d_out, PLAIN).plain
 
     d_projected = ops.norm_backward(
-        d_middle, kept["projected"], norms["post_attention"], kept["r_attention"], None, _want(layer, low, "o")
+        d_middle,
+        kept["projected"],
+        norms["post_attention"],
+        kept["r_attention"],
+        None,
+        _want(layer, low, "o", room=True),
     )
-    d_attended = products["o"].backward(d_projected)
-    low.add_back("o", d_projected.plain, d_attended, masks.get("o", {}))
+    d_attended = low.backward("o", products["o"], d_projected, masks.get("o", {}))
     low.note("o", kept["attended"], d_projected.plain, masks.get("o", {}))
     turned = ops.attend_backward(
         d_attended, kept["attended"], kept["lse"], kept["qkv"], of.bounds, *_attention_numbers(layer)
@@ -249,8 +251,7 @@ def _backward(
         back=True,
         want=_want(layer, low, "qkv", needed=wanted),
     )
-    d_first = products["qkv"].backward(d_qkv) if wanted else None
-    low.add_back("qkv", d_qkv.plain, d_first, masks.get("qkv", {}))
+    d_first = low.backward("qkv", products["qkv"], d_qkv, masks.get("qkv", {}), wanted)
     if low.of("qkv"):
         hidden = ops.norm(x, norms["input"], shape.eps, PLAIN)[0].plain
         low.note("qkv", hidden, d_qkv.plain, masks.get("qkv", {}))

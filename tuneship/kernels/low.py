@@ -7,11 +7,14 @@ otherwise spend more time on launching such copies than on its arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tuneship.kernels.frozen import Frozen
+from tuneship.kernels.reference import Rows
 
 
 @dataclass(frozen=True)
@@ -39,39 +42,60 @@ class Side:
     """scale · B of each adapter, likewise."""
 
 
-def sides(layers: Sequence[tuple[Sequence[Adapter], Sequence[Tensor]]], dtype: torch.dtype) -> list[Side]:
+def sides(
+    layers: Sequence[tuple[Sequence[Adapter], Sequence[Tensor]]],
+    products: Sequence[Mapping[str, Frozen]],
+    dtype: torch.dtype,
+) -> list[Side]:
     """All layers' adapters, with copies of their parameters in `dtype`.
+
+    The copies stand with the frozen weight where it has room for them.
 
     Args:
         layers: a layer's adapters, those of one product together, and their A and B in turn.
+        products: each layer's frozen weights.
     """
     tensors = [tensor.detach() for _, weights in layers for tensor in weights]
     scales = [adapter.scale for adapters, _ in layers for adapter in adapters]
     if not tensors:
         return [Side((), (), {}, ()) for _ in layers]
-    scaled = torch._foreach_mul(tensors[1::2], scales)
     flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=dtype, device=tensors[0].device)
-    copies: list[Tensor] = []
-    made: list[Side] = []
     at = 0
 
-    def take(rows: int, columns: int) -> Tensor:
+    def take(shape: tuple[int, int]) -> Tensor:
         nonlocal at
-        at += rows * columns
-        return flat[at - rows * columns : at].view(rows, columns)
+        at += shape[0] * shape[1]
+        return flat[at - shape[0] * shape[1] : at].view(shape)
 
-    for adapters, weights in layers:
+    made: list[Side] = []
+    a_copies: list[Tensor] = []
+    for (adapters, weights), frozen in zip(layers, products, strict=True):
         a: dict[str, Tensor] = {}
+        b: list[Tensor] = []
         for product in dict.fromkeys(adapter.product for adapter in adapters):
-            shapes = [w.shape for w, adapter in zip(weights[::2], adapters, strict=True) if adapter.product == product]
-            ranks = [rows for rows, _ in shapes]
-            a[product] = take(sum(ranks), shapes[0][1])
-            copies += torch.split(a[product], ranks)
-        b = tuple(take(*weight.shape) for weight in weights[1::2])
-        made.append(Side(tuple(adapters), tuple(weights), a, b))
-    # The A of a layer stand in its adapters' order, since those of one product are together.
-    torch._foreach_copy_(copies, tensors[::2])
-    torch._foreach_copy_([tensor for side in made for tensor in side.b], scaled)
+            here = [index for index, adapter in enumerate(adapters) if adapter.product == product]
+            ranks, inputs = [len(weights[2 * index]) for index in here], weights[2 * here[0]].shape[1]
+            whole, below = frozen[product].whole, frozen[product].below
+            a[product] = take((sum(ranks), inputs)) if whole is None or not below else whole[-sum(ranks) :]
+            a_copies += torch.split(a[product], ranks)
+            column = inputs
+            for index, rank in zip(here, ranks, strict=True):
+                if whole is None or below:
+                    b.append(take((adapters[index].end - adapters[index].start, rank)))
+                else:
+                    b.append(whole[adapters[index].start : adapters[index].end, column : column + rank])
+                column += rank
+        made.append(Side(tuple(adapters), tuple(weights), a, tuple(b)))
+    # Few launches for those that lie together; one each for those between a weight's rows.
+    torch._foreach_copy_(a_copies, tensors[::2])
+    scaled = torch._foreach_mul(tensors[1::2], scales)
+    pairs = list(zip((tensor for side in made for tensor in side.b), scaled, strict=True))
+    dense = [(ours, theirs) for ours, theirs in pairs if ours.is_contiguous()]
+    if dense:
+        torch._foreach_copy_([ours for ours, _ in dense], [theirs for _, theirs in dense])
+    for ours, theirs in pairs:
+        if not ours.is_contiguous():
+            ours.copy_(theirs)
     return made
 
 
@@ -111,38 +135,66 @@ class Low:
     def _dropped(self, index: int, x: Tensor, masks: dict[int, Tensor]) -> Tensor:
         return x * masks[index] / (1 - self.side.adapters[index].dropout) if index in masks else x
 
-    def add(self, product: str, x: Tensor | None, y: Tensor, masks: dict[int, Tensor]) -> None:
-        """Adds the adapters' share to a product's output, in place."""
+    def forward(self, product: str, frozen: Frozen, rows: Rows, masks: dict[int, Tensor]) -> Tensor:
+        """x·Wᵀ of a product with its adapters' share; `rows` have room for x·Aᵀ where B stands beside the weight."""
         if product not in self.side.a:
-            return
+            return frozen.forward(rows)
+        x, a = rows.plain, self.side.a[product]
         assert x is not None
-        a = self.side.a[product]
-        if masks:
+        if frozen.whole is not None and frozen.below and not masks:
+            y, self.inner[product] = torch.split(x @ frozen.whole.t(), [len(frozen.whole) - len(a), len(a)], -1)
+        elif masks:
             parts = [self._dropped(index, x, masks) @ part.t() for index, part in self._parts(product, a, 0)]
             self.inner[product] = torch.cat(parts, -1)
         else:
             self.inner[product] = x @ a.t()
+        if frozen.whole is not None and not frozen.below:
+            assert rows.whole is not None
+            rows.whole[:, x.shape[1] :].copy_(self.inner[product])
+            return rows.whole @ frozen.whole.t()
+        if frozen.whole is None or masks:
+            y = frozen.forward(rows)
         for index, inner in self._parts(product, self.inner[product], -1):
             self._outputs(index, y).addmm_(inner, self.side.b[index].t())
+        return y
 
-    def add_back(self, product: str, dy: Tensor | None, dx: Tensor | None, masks: dict[int, Tensor]) -> None:
-        """Adds the adapters' share to the gradient of a product's input, in place."""
+    def backward(
+        self, product: str, frozen: Frozen, rows: Rows, masks: dict[int, Tensor], wanted: bool = True
+    ) -> Tensor | None:
+        """dy·W of a product with its adapters' share; `rows` have room for dy·B where A stands below the weight.
+
+        Where the input's gradient is not wanted, only what the parameters' gradients need is computed.
+        """
         if product not in self.side.a:
-            return
+            return frozen.backward(rows) if wanted else None
+        dy, a = rows.plain, self.side.a[product]
         assert dy is not None
-        a = self.side.a[product]
-        both = self.d_inner[product] = dy.new_empty(len(dy), len(a))
-        for index, part in self._parts(product, both, -1):
-            torch.mm(self._outputs(index, dy), self.side.b[index], out=part)
-        if dx is None:
-            return
+        if frozen.whole is not None and not frozen.below:
+            inputs = a.shape[1]
+            if not wanted:
+                self.d_inner[product] = dy @ frozen.whole[:, inputs:]
+                return None
+            dx, self.d_inner[product] = torch.split(dy @ frozen.whole, [inputs, len(a)], -1)
+        else:
+            joined = frozen.whole is not None and wanted and not masks
+            both = rows.whole[:, dy.shape[1] :] if joined and rows.whole is not None else dy.new_empty(len(dy), len(a))
+            self.d_inner[product] = both
+            for index, part in self._parts(product, both, -1):
+                torch.mm(self._outputs(index, dy), self.side.b[index], out=part)
+            if not wanted:
+                return None
+            if joined:
+                assert rows.whole is not None and frozen.whole is not None
+                return rows.whole @ frozen.whole
+            dx = frozen.backward(rows)
         if masks:
             for (index, d_inner), (_, part) in zip(
-                self._parts(product, both, -1), self._parts(product, a, 0), strict=True
+                self._parts(product, self.d_inner[product], -1), self._parts(product, a, 0), strict=True
             ):
                 dx += self._dropped(index, d_inner @ part, masks)
         else:
-            dx.addmm_(both, a)
+            dx.addmm_(self.d_inner[product], a)
+        return dx
 
     def note(self, product: str, x: Tensor | None, dy: Tensor | None, masks: dict[int, Tensor]) -> None:
         """Notes the gradients of the adapters' parameters."""

@@ -26,6 +26,8 @@ class Rows:
     quantised: Tensor | None = None
     scale: Tensor | None = None
     """(rows, 1), float32: plain ≈ quantised · scale."""
+    whole: Tensor | None = None
+    """plain, and behind each row the room that was wanted."""
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,6 +43,8 @@ class Want:
 
     plain: bool = True
     fp8: bool = False
+    room: int = 0
+    """Columns to leave free behind each row of the plain form."""
 
 
 PLAIN = Want()
@@ -48,7 +52,11 @@ PLAIN = Want()
 
 def rows(x: Tensor, want: Want) -> Rows:
     """A matrix in the forms that are wanted."""
-    return Rows(x if want.plain else None, *(quantise(x) if want.fp8 else (None, None)))
+    values, scale = quantise(x) if want.fp8 else (None, None)
+    if not want.plain:
+        return Rows(None, values, scale)
+    whole = torch.nn.functional.pad(x, (0, want.room)) if want.room else x
+    return Rows(whole[:, : x.shape[1]] if want.room else x, values, scale, whole)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, want: Want = PLAIN) -> tuple[Rows, Tensor]:
