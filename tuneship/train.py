@@ -154,20 +154,22 @@ def _train(run: Run, job: _Job, gang: Gang) -> Trained:
             summed = torch.zeros(2, device=model.device)
             for packed in gang.mine(packs):
                 summed[0] += backward(packed, 1 / labels)
-            summed[1] = bool(stop)
+            if not alone:
+                # A fill is a kernel; an assignment would copy from the CPU, and wait for all that was launched.
+                summed[1].fill_(bool(stop))
             summed = gang.sum(parameters, summed)
             norm = torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
             optimizer.step()
             backward.clear(optimizer)
 
             size = sum(len(packed.ids) for packed in packs)
-            launched.append(_Launched(step, rate, size, torch.cat([summed, norm.reshape(1)])))
+            launched.append(_Launched.now(step, rate, size, torch.cat([summed, norm.reshape(1)])))
             last, saves = step == len(todo), step % train.save_steps == 0
             measures = train.eval_steps is not None and (last or step % train.eval_steps == 0)
             stopping = stopping or (alone and bool(stop))
             while launched and (len(launched) > ahead or last or saves or measures or stopping):
                 update = launched.popleft()
-                loss, stopped, gradient = update.numbers.tolist()
+                loss, stopped, gradient = update.read()
                 stopping = stopping or stopped > 0
                 if not (math.isfinite(loss) and math.isfinite(gradient)):
                     raise _not_a_number(update.step, loss, gradient, todo, run)
@@ -212,7 +214,26 @@ class _Launched:
     rate: float
     tokens: int
     numbers: Tensor
-    """On the device: loss, whether a process was told to stop, the gradient's norm."""
+    """Loss, whether a process was told to stop, the gradient's norm; on the CPU once the device is so far."""
+    there: torch.cuda.Event | None
+
+    @classmethod
+    def now(cls, step: int, rate: float, tokens: int, numbers: Tensor) -> _Launched:
+        """An update whose last operation was given to the device just now."""
+        if not numbers.is_cuda:
+            return cls(step, rate, tokens, numbers, None)
+        # The copy stands in the device's queue behind this update. Asked for later, it would stand behind the next.
+        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record()
+        return cls(step, rate, tokens, host, there)
+
+    def read(self) -> list[float]:
+        """Waits for the update, and for nothing launched since."""
+        if self.there is not None:
+            self.there.synchronize()
+        numbers: list[float] = self.numbers.tolist()
+        return numbers
 
 
 def learning_rate(step: int, total: int, train: Train) -> float:
