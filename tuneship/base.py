@@ -136,6 +136,25 @@ def _check(files: BaseFiles, weights: bool) -> None:
         )
 
 
+def check_weights(folder: Path, *, fix: str) -> None:
+    """Refuses weights that nobody could load: the header is read, and the length held against it.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError("the weights are missing", where=str(folder), fix=fix)
+    for file in weights:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"the weights are damaged: {error}", where=str(file), fix=fix) from error
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: $TUNESHIP_CACHE, or tuneship/ in the user's cache folder."""
     if named := os.environ.get("TUNESHIP_CACHE"):

@@ -56,6 +56,14 @@ PREPARED = "prepared.json"
 # Beside an adapter or a merged model, and written last: what it was made of.
 PROVENANCE = "tuneship.json"
 
+# What makes a run's file again where it is damaged; see `remake` for those in its folders.
+_REMADE = {
+    "metrics.jsonl": "remove that line, or train anew: tuneship train RECIPE --fresh",
+    "evaluation.json": "make it again: tuneship evaluate RECIPE",
+    "provenance.json": "remove {file}; tuneship train RECIPE notes again what it knows",
+    "recipe.json": "restore it, or start anew from the recipe's file with --fresh",
+}
+
 # 0.3 - 0.1 is a little less than 0.2, and a gain of 20 points all the same.
 _ROUNDING = 1e-9
 
@@ -345,6 +353,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remake(file: Path) -> str:
+    """What to do about a damaged file: how a run's is made again, or that another's is to be restored."""
+    folder = file.parent
+    if is_run(folder) and file.name in _REMADE:
+        return _REMADE[file.name].format(file=file)
+    if is_run(folder.parent):
+        if folder.name == "data":
+            return f"remove {folder / PREPARED}, and make it again: tuneship prepare RECIPE"
+        if verb := {"adapter": "train", "merged": "export"}.get(folder.name):
+            return f"remove {folder}, and make it again: tuneship {verb} RECIPE"
+    return f"restore {folder} as it was"
 
 
 def read_json(file: Path) -> Any:

@@ -17,10 +17,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tuneship import hub, storage
+from tuneship import base, hub, storage
 from tuneship.console import say
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import PROVENANCE, Run, read_json, sha256_file, write_json, write_text
+from tuneship.journal import PROVENANCE, Run, read_json, remake, sha256_file, write_json, write_text
 
 CARD = "README.md"
 
@@ -54,7 +54,7 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if not (source / PROVENANCE).exists():
         missing, verb = ("merged model", "export") if settings.merged else ("adapter", "train")
         raise InputError(f"the run has no {missing} yet", where=str(run.path), fix=f"tuneship {verb} RECIPE")
-    _check_weights(source)
+    base.check_weights(source, fix=remake(source / PROVENANCE))
     if settings.folder is not None:
         _check_folder(settings.folder, run)
     parcel = run.path / "publish"
@@ -65,22 +65,6 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if settings.hub_model_id is not None:
         done[settings.hub_model_id] = _to_hub(parcel, run, update)
     return done
-
-
-def _check_weights(source: Path) -> None:
-    """Refuses weights that nobody could load: the header is read, and the length held against it."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = sorted(source.glob("*.safetensors"))
-    fix = f"remove {source}, and make it again: tuneship {'export' if source.name == 'merged' else 'train'} RECIPE"
-    if not weights:
-        raise InputError("the weights are missing", where=str(source), fix=fix)
-    for file in weights:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise InputError(f"the weights are damaged: {error}", where=str(file), fix=fix) from error
 
 
 def _pack(source: Path, parcel: Path, text: str) -> None:

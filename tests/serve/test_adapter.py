@@ -24,6 +24,10 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
 def append(file: Path, text: str) -> None:
     file.write_text(file.read_text() + text)
 
@@ -66,6 +70,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no weights"),
+        (lambda folder: cut(folder / "adapter_model.safetensors"), "the weights are damaged"),
         (lambda folder: (folder / "tuneship.json").unlink(), "does not say which base"),
         (lambda folder: change(folder / "adapter_config.json", base_model_name_or_path="x/y"), "name two bases"),
     ],

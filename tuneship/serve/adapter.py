@@ -18,7 +18,7 @@ from typing import Any
 from tuneship import base, prompt
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
-from tuneship.journal import PROVENANCE, is_run, read_json, read_run
+from tuneship.journal import PROVENANCE, is_run, read_json, read_run, remake
 from tuneship.prompt import Prompt
 from tuneship.recipe import Model, Serve
 
@@ -136,6 +136,7 @@ def find(path: Path, *, weights: bool = True) -> Adapter:
             raise InputError(
                 "the adapter has no weights", where=str(folder / _WEIGHTS), fix="restore the adapter's folder"
             )
+        base.check_weights(folder, fix=remake(folder / _WEIGHTS))
         named = read_json(folder / _CONFIG).get("base_model_name_or_path")
         if not recipe or not facts.get("base"):
             raise InputError(
@@ -152,6 +153,8 @@ def find(path: Path, *, weights: bool = True) -> Adapter:
         model = Model.model_validate(recipe["model"])
         return Adapter(name, folder, False, model, facts["base"]["fingerprint"], settings)
     if (folder / "config.json").is_file() and (any(folder.glob("*.safetensors")) or not weights):
+        if weights:
+            base.check_weights(folder, fix=remake(folder / PROVENANCE))
         return Adapter(name, folder, True, None, None, settings)
     raise InputError(
         "no adapter and no model here", where=str(path), fix="name a run (runs/tiny), an adapter or a merged model"
