@@ -315,7 +315,10 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.endswith(b"\n"):
-                yield _json(line, f"{file}:{number}")
+                found = _json(line, file, f":{number}")
+                with guarded(file, f":{number}"):
+                    int(found["step"])
+                yield found
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -368,20 +371,47 @@ def remake(file: Path) -> str:
     return f"restore {folder} as it was"
 
 
+@contextmanager
+def guarded(file: Path, place: str = "") -> Iterator[None]:
+    """Whatever is wrong with a file that a stage reads back: said in one line, with what makes it again.
+
+    Args:
+        place: where in the file, as `:7`.
+
+    Raises:
+        InputError: it is missing, cannot be read, or does not hold what it should.
+    """
+    from safetensors import SafetensorError
+
+    where, fix = f"{file}{place}", remake(file)
+    try:
+        yield
+    except TuneshipError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError("the file is missing", where=where, fix=fix) from error
+    except OSError as error:
+        raise OutsideError(f"the file cannot be read: {error.strerror}", where=where) from error
+    except KeyError as error:
+        raise InputError(f"the file is damaged: it has no {error}", where=where, fix=fix) from error
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError) as error:
+        raise InputError(f"the file is damaged: {' '.join(str(error).split()):.200}", where=where, fix=fix) from error
+
+
 def read_json(file: Path) -> Any:
     """A JSON file's value.
 
     Raises:
         InputError: it is not JSON.
     """
-    return _json(file.read_bytes(), str(file))
+    return _json(file.read_bytes(), file)
 
 
-def _json(content: bytes, where: str) -> Any:
+def _json(content: bytes, file: Path, place: str = "") -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=where) from error
+        raise InputError(f"not JSON: {error}", where=f"{file}{place}", fix=remake(file)) from error
 
 
 def sha256_file(file: Path) -> str:
