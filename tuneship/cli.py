@@ -299,9 +299,16 @@ def ask(
     """Ask a tuned model; print its SQL, and run it if told on what."""
     from dataclasses import asdict
 
-    from tuneship.serve.client import ask
+    from tuneship.database import SqlError
+    from tuneship.serve.client import Asked, ask
 
-    asked = ask(where, question, context=context, db=db, run=run_it, model=model, base=base, quiet=as_json)
+    try:
+        asked = ask(where, question, context=context, db=db, run=run_it, model=model, base=base, quiet=as_json)
+    except SqlError as error:
+        if as_json:
+            told = {"kind": error.kind, "message": error.what}
+            print(json.dumps({**asdict(Asked(question, error.sql)), "error": told}))
+        raise
     if as_json:
         print(json.dumps(asdict(asked), default=repr))
 
