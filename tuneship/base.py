@@ -45,9 +45,26 @@ class BaseFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """The model's config.json.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        file = self.folder / "config.json"
+        try:
+            config: dict[str, Any] = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not JSON: {error}", where=str(file), fix=self.restored) from error
+        if not isinstance(config, dict):
+            raise InputError("the model's configuration is no object", where=str(file), fix=self.restored)
         return config
+
+    @property
+    def restored(self) -> str:
+        """What to do where its files are damaged."""
+        if self.revision == "local":
+            return f"restore the model's files in {self.folder}"
+        return f"remove {self.folder}, and run the same command again"
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, by name."""
@@ -128,6 +145,8 @@ def _check(files: BaseFiles, weights: bool) -> None:
             where=str(files.folder),
             fix="convert it with its author's tools, or take a revision that has them",
         )
+    if weights:
+        check_weights(files.folder, fix=files.restored)
     if "auto_map" in files.config:
         raise InputError(
             "the model wants to run code of its own (auto_map); tuneship never does",

@@ -89,6 +89,48 @@ class Run:
         """The updates so far; a torn last line, from a kill, is not one."""
         return list(_lines(self.metrics_file))
 
+    def prepared(self) -> dict[str, Any]:
+        """What prepare noted last.
+
+        Raises:
+            InputError: it is damaged, or the run is not prepared.
+        """
+        file = self.data / PREPARED
+        if not file.exists():
+            raise InputError("the run is not prepared", where=str(self.path), fix="tuneship prepare RECIPE")
+        with guarded(file):
+            facts: dict[str, Any] = read_json(file)
+            for key in ("source", "splits", "train_sha256"):
+                facts[key]
+            for key in ("revision", "fingerprint"):
+                facts["base"][key]
+        return facts
+
+    def evaluation(self) -> dict[str, Any]:
+        """What evaluate wrote, or nothing where it has not.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if not self.evaluation_file.is_file():
+            return {}
+        with guarded(self.evaluation_file):
+            facts: dict[str, Any] = read_json(self.evaluation_file)
+            for key in ("metric", "split"):
+                facts[key]
+            for number in (facts["scores"][-1]["score"], facts["scores"][-1]["rows"], facts["gain"]["value"]):
+                float(number)
+        return facts
+
+    def trained_on(self) -> str:
+        """The fingerprint of the adapter's base.
+
+        Raises:
+            InputError: what stands beside the adapter is damaged.
+        """
+        with guarded(self.adapter / PROVENANCE):
+            return str(read_json(self.adapter / PROVENANCE)["base"]["fingerprint"])
+
     def rewind(self, step: int) -> None:
         """Drops what metrics.jsonl says of updates after `step`."""
         if self.metrics_file.exists():
@@ -103,7 +145,7 @@ class Run:
         Raises:
             GateError: it does not pass, or nothing was evaluated as the recipe says, and no reason is given.
         """
-        evaluation: dict[str, Any] = read_json(self.evaluation_file) if self.evaluation_file.is_file() else {}
+        evaluation = self.evaluation()
         if force:
             return evaluation
         if not evaluation:
@@ -136,7 +178,10 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """What is known of where the run came from."""
-        return read_json(self.provenance_file) if self.provenance_file.exists() else {}
+        if not self.provenance_file.exists():
+            return {}
+        with guarded(self.provenance_file):
+            return dict(read_json(self.provenance_file))
 
     def record(self, **facts: Any) -> None:
         """Adds facts to provenance.json."""
@@ -211,7 +256,7 @@ def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run
     with _lock(path):
         if (path / "data" / PREPARED).exists() or (path / "metrics.jsonl").exists():
             # Before that nothing is lost, and a recipe that was refused may be mended.
-            _same_weights(validate(read_json(file), where=str(file)), recipe, path)
+            _same_weights(_recipe(file), recipe, path)
         try:
             write_json(file, recipe.model_dump(mode="json"))
             for folder in ("data", "checkpoints"):
@@ -231,12 +276,17 @@ def read_run(path: Path) -> Run:
     file = path / "recipe.json"
     if not file.is_file():
         raise InputError("no run here: recipe.json is missing", where=str(path), fix="name a run folder, as runs/tiny")
-    return Run(path, validate(read_json(file), where=str(file)))
+    return Run(path, _recipe(file))
 
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run's folder."""
     return (path / "recipe.json").is_file()
+
+
+def _recipe(file: Path) -> Recipe:
+    with guarded(file):
+        return validate(dict(read_json(file)), where=str(file))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
+from tuneship.journal import guarded
 from tuneship.kernels import attention, cpu
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Layout
@@ -240,10 +241,13 @@ def load_adapter(model: LoadedModel, folder: Path) -> None:
     """
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise InputError("no adapter here", where=str(folder), fix="run tuneship train first")
-    config = LoraConfig.from_pretrained(str(folder))
+    with guarded(folder / CONFIG):
+        config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     _attach(model, config)
-    set_adapter_tensors(model, load_file(folder / WEIGHTS))
+    with guarded(folder / WEIGHTS):
+        tensors = load_file(folder / WEIGHTS)
+    set_adapter_tensors(model, tensors)
     model.causal.eval()
 
 

@@ -27,7 +27,7 @@ from tuneship.data.packing import Tokens
 from tuneship.data.rows import Row, Tally
 from tuneship.data.sources import Broken, RawRow
 from tuneship.errors import InputError
-from tuneship.journal import PREPARED, Run, code_facts, read_json, sha256_file, write_json, write_text
+from tuneship.journal import PREPARED, Run, code_facts, sha256_file, write_json, write_text
 from tuneship.prompt import Prompt
 from tuneship.recipe import Data, Recipe
 
@@ -63,7 +63,7 @@ def prepare(run: Run, *, weights: bool = True) -> dict[str, Any]:
     recipe, folder = run.recipe, run.data
     source = _source(recipe.data)
     if (folder / PREPARED).exists():
-        prepared: dict[str, Any] = read_json(folder / PREPARED)
+        prepared = run.prepared()
         if prepared["source"] != source:
             raise InputError(
                 "the data changed since this run was prepared",

@@ -20,7 +20,7 @@ from typing import Any
 from tuneship import base, hub, storage
 from tuneship.console import say
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import PROVENANCE, Run, read_json, remake, sha256_file, write_json, write_text
+from tuneship.journal import PROVENANCE, Run, guarded, read_json, remake, sha256_file, write_json, write_text
 
 CARD = "README.md"
 
@@ -55,6 +55,8 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
         missing, verb = ("merged model", "export") if settings.merged else ("adapter", "train")
         raise InputError(f"the run has no {missing} yet", where=str(run.path), fix=f"tuneship {verb} RECIPE")
     base.check_weights(source, fix=remake(source / PROVENANCE))
+    with guarded(source / PROVENANCE):
+        read_json(source / PROVENANCE)["base"]
     if settings.folder is not None:
         _check_folder(settings.folder, run)
     parcel = run.path / "publish"
@@ -261,7 +263,12 @@ def _same(file: Path, remote: Any) -> bool:
 
 def card(run: Run, evaluation: dict[str, Any], force: str = "") -> str:
     """The model card: what it is, how it was measured, how to use it."""
-    recipe, facts = run.recipe, read_json(run.adapter / PROVENANCE)
+    with guarded(run.adapter / PROVENANCE):
+        return _card(run, read_json(run.adapter / PROVENANCE), evaluation, force)
+
+
+def _card(run: Run, facts: dict[str, Any], evaluation: dict[str, Any], force: str) -> str:
+    recipe = run.recipe
     kind = "merged model" if recipe.publish.merged else "LoRA adapter"
     hub_base = recipe.model.model_name_or_path if hub.is_id(recipe.model.model_name_or_path) else None
     head = ["---", "library_name: " + ("transformers" if recipe.publish.merged else "peft")]
@@ -280,7 +287,8 @@ def card(run: Run, evaluation: dict[str, Any], force: str = "") -> str:
         "",
     ]
     if evaluation:
-        lines += ["## Measured", "", *_scores(evaluation), ""]
+        with guarded(run.evaluation_file):
+            lines += ["## Measured", "", *_scores(evaluation), ""]
     if force:
         lines += [f"> Published although the gate did not pass: {force}", ""]
     lines += [

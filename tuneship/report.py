@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tuneship.errors import InputError
-from tuneship.journal import Run, read_json, write_text
+from tuneship.journal import Run, guarded, write_text
 
 EXAMPLES = 8
 # The chart's drawing area, in SVG units.
@@ -35,9 +35,15 @@ def report(run: Run) -> Path:
 def render(run: Run) -> str:
     """The page as text."""
     metrics = run.metrics()
-    evaluation = read_json(run.evaluation_file) if run.evaluation_file.exists() else None
-    if not metrics and evaluation is None:
+    evaluation = run.evaluation()
+    if not metrics and not evaluation:
         raise InputError("there is nothing to report yet", where=str(run.path), fix="tuneship train RECIPE")
+    with guarded(run.metrics_file):
+        chart = loss_chart(metrics) if len(metrics) > 1 else None
+        tokens, seconds = (sum(line[key] for line in metrics) for key in ("tokens", "seconds"))
+    with guarded(run.evaluation_file):
+        breakdown = _breakdown(evaluation) if evaluation else {}
+        examples = _examples(evaluation) if evaluation else []
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -50,14 +56,14 @@ def render(run: Run) -> str:
         recipe=run.recipe,
         run=str(run.path),
         metrics=metrics,
-        chart=loss_chart(metrics) if len(metrics) > 1 else None,
-        evaluation=evaluation,
-        breakdown=_breakdown(evaluation) if evaluation else {},
-        examples=_examples(evaluation) if evaluation else [],
+        chart=chart,
+        evaluation=evaluation or None,
+        breakdown=breakdown,
+        examples=examples,
         provenance=run.provenance(),
         settings=run.recipe.model_dump(mode="json", include={"lora", "train"}),
-        tokens=sum(line["tokens"] for line in metrics),
-        seconds=sum(line["seconds"] for line in metrics),
+        tokens=tokens,
+        seconds=seconds,
     )
 
 
