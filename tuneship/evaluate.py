@@ -21,11 +21,12 @@ import numpy as np
 from tuneship import base, database, prompt
 from tuneship import model as models
 from tuneship.console import progress, say
+from tuneship.damage import remake
 from tuneship.data import heldout
 from tuneship.data.heldout import HeldOut
 from tuneship.errors import InputError, Stopped
 from tuneship.generation import Completion, Generator, Request, complete
-from tuneship.journal import PROVENANCE, Run, judge, remake, write_json
+from tuneship.journal import PROVENANCE, Run, judge, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel

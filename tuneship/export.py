@@ -25,10 +25,11 @@ from tuneship import base, prompt
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.console import progress, say
+from tuneship.damage import guarded, read_json, remake
 from tuneship.data import heldout
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.generation import Generator, Request, complete
-from tuneship.journal import PROVENANCE, Run, guarded, put_in_place, read_json, remake, write_json
+from tuneship.journal import PROVENANCE, Run, put_in_place, write_json
 from tuneship.kernels.attention import Documents
 from tuneship.prompt import Prompt
 

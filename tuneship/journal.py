@@ -19,14 +19,12 @@ once.
 from __future__ import annotations
 
 import datetime
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import tuneship
+from tuneship.damage import full_disk, guarded, parse_json, read_json
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 from tuneship.recipe import Gate, Recipe, validate
 
@@ -55,14 +54,6 @@ PREPARED = "prepared.json"
 
 # Beside an adapter or a merged model, and written last: what it was made of.
 PROVENANCE = "tuneship.json"
-
-# What makes a run's file again where it is damaged; see `remake` for those in its folders.
-_REMADE = {
-    "metrics.jsonl": "remove that line, or train anew: tuneship train RECIPE --fresh",
-    "evaluation.json": "make it again: tuneship evaluate RECIPE",
-    "provenance.json": "remove {file}; tuneship train RECIPE notes again what it knows",
-    "recipe.json": "restore it, or start anew from the recipe's file with --fresh",
-}
 
 # 0.3 - 0.1 is a little less than 0.2, and a gain of 20 points all the same.
 _ROUNDING = 1e-9
@@ -263,7 +254,7 @@ def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run
                 (path / folder).mkdir(exist_ok=True)
         except OSError as error:
             raise _refused(path, error) from error
-        with _full_disk(path):
+        with full_disk(path):
             yield Run(path, recipe)
 
 
@@ -311,26 +302,6 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """Whatever a stage was writing when the disk was full: said in one line, not by a traceback."""
-    try:
-        yield
-    except TuneshipError:
-        raise
-    except Exception as error:
-        # safetensors' error is no OSError and has no number, but says it.
-        said = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(said.group(1)) if said else None
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OutsideError(
-            f"the disk is full: {os.strerror(number)}; {shutil.disk_usage(path).free} bytes are free",
-            where=str(path),
-            fix="free some room and run the same command again; what was finished is kept",
-        ) from error
-
-
 def _refused(path: Path, error: OSError) -> OutsideError:
     return OutsideError(
         f"the run's folder cannot be written: {error.strerror}", where=str(path), fix="name another with --run"
@@ -365,7 +336,7 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.endswith(b"\n"):
-                found = _json(line, file, f":{number}")
+                found = parse_json(line, file, f":{number}")
                 with guarded(file, f":{number}"):
                     int(found["step"])
                 yield found
@@ -406,62 +377,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def remake(file: Path) -> str:
-    """What to do about a damaged file: how a run's is made again, or that another's is to be restored."""
-    folder = file.parent
-    if is_run(folder) and file.name in _REMADE:
-        return _REMADE[file.name].format(file=file)
-    if is_run(folder.parent):
-        if folder.name == "data":
-            return f"remove {folder / PREPARED}, and make it again: tuneship prepare RECIPE"
-        if verb := {"adapter": "train", "merged": "export"}.get(folder.name):
-            return f"remove {folder}, and make it again: tuneship {verb} RECIPE"
-    return f"restore {folder} as it was"
-
-
-@contextmanager
-def guarded(file: Path, place: str = "") -> Iterator[None]:
-    """Whatever is wrong with a file that a stage reads back: said in one line, with what makes it again.
-
-    Args:
-        place: where in the file, as `:7`.
-
-    Raises:
-        InputError: it is missing, cannot be read, or does not hold what it should.
-    """
-    from safetensors import SafetensorError
-
-    where, fix = f"{file}{place}", remake(file)
-    try:
-        yield
-    except TuneshipError:
-        raise
-    except FileNotFoundError as error:
-        raise InputError("the file is missing", where=where, fix=fix) from error
-    except OSError as error:
-        raise OutsideError(f"the file cannot be read: {error.strerror}", where=where) from error
-    except KeyError as error:
-        raise InputError(f"the file is damaged: it has no {error}", where=where, fix=fix) from error
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError) as error:
-        raise InputError(f"the file is damaged: {' '.join(str(error).split()):.200}", where=where, fix=fix) from error
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        InputError: it is not JSON.
-    """
-    return _json(file.read_bytes(), file)
-
-
-def _json(content: bytes, file: Path, place: str = "") -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=f"{file}{place}", fix=remake(file)) from error
 
 
 def sha256_file(file: Path) -> str:

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tuneship.base import BaseFiles
+from tuneship.damage import guarded
 from tuneship.errors import InputError
-from tuneship.journal import guarded
 from tuneship.kernels import attention, cpu
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Layout

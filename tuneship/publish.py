@@ -19,8 +19,9 @@ from typing import Any
 
 from tuneship import base, hub, storage
 from tuneship.console import say
+from tuneship.damage import guarded, read_json, remake
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import PROVENANCE, Run, guarded, read_json, remake, sha256_file, write_json, write_text
+from tuneship.journal import PROVENANCE, Run, sha256_file, write_json, write_text
 
 CARD = "README.md"
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from tuneship.damage import guarded
 from tuneship.errors import InputError
-from tuneship.journal import Run, guarded, write_text
+from tuneship.journal import Run, write_text
 
 EXAMPLES = 8
 # The chart's drawing area, in SVG units.

@@ -31,10 +31,11 @@ from tuneship import base, checkpoint, parallel, prompt, replay, storage, traina
 from tuneship import model as models
 from tuneship.checkpoint import Checkpoint
 from tuneship.console import progress, say
+from tuneship.damage import guarded, read_json, remake
 from tuneship.data import heldout
 from tuneship.data.packing import Plan, Tokens, plan
 from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
-from tuneship.journal import PROVENANCE, Run, code_facts, guarded, put_in_place, read_json, read_run, remake, write_json
+from tuneship.journal import PROVENANCE, Run, code_facts, put_in_place, read_run, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tuneship import prompt
+from tuneship.damage import guarded
 from tuneship.data.packing import Tokens
-from tuneship.journal import guarded
 from tuneship.prompt import Prompt, Tokenizer
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from tuneship.journal import guarded
+from tuneship.damage import guarded
 from tuneship.recipe import Train
 
 # Rows among which packing looks for a fit: large enough for full packs, small against an epoch.

@@ -17,8 +17,9 @@ from typing import Any
 
 from tuneship import base, prompt
 from tuneship.base import BaseFiles
+from tuneship.damage import guarded, read_json, remake
 from tuneship.errors import InputError
-from tuneship.journal import PROVENANCE, guarded, is_run, read_json, read_run, remake
+from tuneship.journal import PROVENANCE, is_run, read_run
 from tuneship.prompt import Prompt
 from tuneship.recipe import Model, Serve
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError
-from tuneship.journal import guarded, read_json
 from tuneship.model import CONFIG, WEIGHTS, LoadedModel
 
 _PREFIX = "base_model.model."

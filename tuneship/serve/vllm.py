@@ -27,8 +27,8 @@ from typing import Any
 
 from tuneship.base import BaseFiles
 from tuneship.console import say
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import guarded, read_json
 from tuneship.recipe import Serve
 from tuneship.serve.adapter import Adapter
 from tuneship.serve.upstream import Upstream

@@ -1,6 +1,6 @@
 """A run some file of which is damaged: every verb that reads it says so in one message, with what to do.
 
-python -m pytest tests/test_damage.py -v
+python -m pytest tests/test_damaged_files.py -v
 """
 
 from __future__ import annotations
