@@ -28,6 +28,7 @@ from zygote import Commands, Finished, until
 import tuneship
 from tuneship import cli
 from tuneship import recipe as recipes
+from tuneship.journal import open_run, read_run
 
 VERBS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 ROW = sql_rows(1)[0]
@@ -214,14 +215,26 @@ def test_a_run_is_named_by_its_recipe(
         ("report", 2, "there is nothing to report yet"),
     ],
 )
-@pytest.mark.parametrize("prepared", [False, True])
 def test_a_stage_before_its_time(
-    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], verb: str, code: int, said: str, prepared: bool
+    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], verb: str, code: int, said: str
 ) -> None:
     file = recipe(publish={"folder": "published"})
-    if prepared:
-        assert tuneship_("prepare", file).code == 0
+    assert tuneship_("prepare", file).code == 0
     assert "\n  fix:   tuneship " in refused(tuneship_(verb, file), code, said)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export", "publish", "report"])
+def test_a_stage_without_a_run_makes_none(
+    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], tmp_path: Path, verb: str
+) -> None:
+    refused(tuneship_(verb, recipe()), 2, "no run here", "where: runs/tiny-test", "tuneship train RECIPE")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_report_is_made_while_another_process_writes(tuneship_: Callable[..., Finished], trained: Path) -> None:
+    with open_run(trained, read_run(trained).recipe):
+        refused(tuneship_("evaluate", trained), 3, "another process")
+        assert tuneship_("report", trained).out == f"{trained}/report.html\n"
 
 
 def test_a_folder_of_another_recipe(

@@ -195,7 +195,7 @@ def evaluate(target: Target, run: RunOption = None, overrides: Overrides = None,
     """Measure base and tuned on held-out rows; exit 4 if the gate says no."""
     from tuneship.evaluate import evaluate
 
-    with _opened(target, run, overrides) as opened:
+    with _opened(target, run, overrides, there=True) as opened:
         result = evaluate(opened)
     _done(result, as_json, f"tuneship report {target}{_run_flag(run)}")
     _check_gate(result, str(opened.evaluation_file))
@@ -206,7 +206,7 @@ def export(target: Target, run: RunOption = None, overrides: Overrides = None, a
     """Merge the adapter into bfloat16 safetensors, and prove that it is the same model."""
     from tuneship.export import export
 
-    with _opened(target, run, overrides) as opened:
+    with _opened(target, run, overrides, there=True) as opened:
         result = export(opened)
     _done(result, as_json, f"tuneship serve {opened.path}")
 
@@ -223,7 +223,7 @@ def publish(
     """Send the adapter to a folder, a gs:// URI or the Hub, as the recipe says."""
     from tuneship.publish import publish
 
-    with _opened(target, run, overrides) as opened:
+    with _opened(target, run, overrides, there=True) as opened:
         result = publish(opened, update=update, force=force)
     _done(result, as_json, f"tuneship serve {opened.path}")
 
@@ -231,10 +231,11 @@ def publish(
 @app.command()
 def report(target: Target, run: RunOption = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the run as one HTML page."""
+    from tuneship.journal import read_run
     from tuneship.report import report
 
-    with _opened(target, run, overrides) as opened:
-        path = report(opened)
+    recipe = _recipe(target, overrides)
+    path = report(read_run(_there(_folder(target, run, recipe)), recipe))
     if as_json:
         print(json.dumps({"report": str(path)}))
     else:
@@ -339,12 +340,26 @@ def run_flow(
 
 
 @contextmanager
-def _opened(target: str, run: Path | None, overrides: list[str] | None, fresh: bool = False) -> Iterator[Any]:
+def _opened(
+    target: str, run: Path | None, overrides: list[str] | None, fresh: bool = False, *, there: bool = False
+) -> Iterator[Any]:
     from tuneship.journal import open_run
 
     recipe = _recipe(target, overrides)
-    with open_run(_folder(target, run, recipe), recipe, fresh=fresh) as opened:
+    folder = _folder(target, run, recipe)
+    with open_run(_there(folder) if there else folder, recipe, fresh=fresh) as opened:
         yield opened
+
+
+def _there(folder: Path) -> Path:
+    """The folder, if it holds a run: a verb that needs one makes none."""
+    from tuneship import journal
+
+    if not journal.is_run(folder):
+        raise InputError(
+            "no run here: recipe.json is missing", where=str(folder), fix="tuneship train RECIPE, or name its --run"
+        )
+    return folder
 
 
 def _recipe(target: str, overrides: list[str] | None) -> Any:

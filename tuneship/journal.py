@@ -258,16 +258,22 @@ def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run
             yield Run(path, recipe)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, recipe: Recipe | None = None) -> Run:
     """A run's folder for reading.
 
+    Args:
+        recipe: what it says now, where that may be something else than when the run was made.
+
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or belongs to another recipe.
     """
     file = path / "recipe.json"
     if not file.is_file():
         raise InputError("no run here: recipe.json is missing", where=str(path), fix="name a run folder, as runs/tiny")
-    return Run(path, _recipe(file))
+    made = _recipe(file)
+    if recipe is not None:
+        _same_weights(made, recipe, path)
+    return Run(path, recipe or made)
 
 
 def is_run(path: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tuneship.damage import guarded
-from tuneship.errors import InputError
+from tuneship.errors import InputError, OutsideError
 from tuneship.journal import Run, write_text
 
 EXAMPLES = 8
@@ -27,9 +27,18 @@ def report(run: Run) -> Path:
     """Writes the run's report.html; returns its path.
 
     Raises:
-        InputError: the run has neither trained nor been evaluated.
+        InputError: the run has neither trained nor been evaluated, or a file of it is damaged.
+        OutsideError: the page cannot be written.
     """
-    write_text(run.report_file, render(run))
+    page = render(run)
+    try:
+        write_text(run.report_file, page)
+    except OSError as error:
+        raise OutsideError(
+            f"the page cannot be written: {error.strerror}",
+            where=str(run.report_file),
+            fix="free some room, or see whose folder it is",
+        ) from error
     return run.report_file
 
 
