@@ -32,6 +32,7 @@ from tuneship.journal import open_run, read_run
 
 VERBS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 ROW = sql_rows(1)[0]
+LONG = "x" * 5000
 
 
 @pytest.fixture
@@ -134,6 +135,40 @@ def test_init_lists_and_copies(tuneship_: Callable[..., Finished], tmp_path: Pat
     refused(tuneship_("init", "tiny", "away/my.yaml"), 2, "no such folder", "where: away")
     assert tuneship_("init", "tiny").code == 0
     assert (tmp_path / "tiny.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "said"),
+    [
+        (".", 2, "this is a folder"),
+        ("/dev/null", 2, "the file exists"),
+        ("/dev/null/x", 2, "no such folder"),
+        ("/proc/x", 3, "the file cannot be written"),
+        (LONG, 2, "the name is too long"),
+    ],
+)
+def test_init_to_where_no_file_can_be(tuneship_: Callable[..., Finished], target: str, code: int, said: str) -> None:
+    refused(tuneship_("init", "tiny", target), code, said, "\n  fix:   ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["init", LONG],
+        ["validate", LONG],
+        ["report", "tiny", "--run", LONG],
+        ["serve", LONG],
+        ["ask", LONG, "Why?"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_name_that_is_too_long(tuneship_: Callable[..., Finished], argv: list[str]) -> None:
+    assert len(refused(tuneship_(*argv), 2, "the name is too long", "name a shorter one")) < 200
+
+
+@pytest.mark.parametrize("size", ["inf", "-inf", "nan", "0", "-1", "1e300"])
+def test_a_card_of_no_size(tuneship_: Callable[..., Finished], size: str) -> None:
+    refused(tuneship_("plan", "tiny", "--card-gb", size), 2, "no card has that size", "where: --card-gb ")
 
 
 def test_validate_counts(tuneship_: Callable[..., Finished], recipe: Callable[..., Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ imports only what it needs: `tuneship --help` loads no torch, no transformers, n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import tuneship
 from tuneship import cli_gke
 from tuneship.console import say
 from tuneship.credentials import redact
-from tuneship.errors import GateError, InputError, TuneshipError
+from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 
 app = typer.Typer(
     help="One recipe, from rows to a tuned, measured, published and served model.",
@@ -69,6 +70,11 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            # Whatever it should have named: no file is called so.
+            wrong = InputError("the name is too long", where=f"{error.filename!s:.60}…", fix="name a shorter one")
+            say(f"error: {redact(str(wrong))}")
+            sys.exit(wrong.exit_code)
         # A defect: its traceback is what a report needs, without tokens.
         say(redact(traceback.format_exc()))
         sys.exit(1)
@@ -108,10 +114,16 @@ def init(
     source = recipe.find(name)
     target = target or Path(f"{source.stem}.yaml")
     if target.exists():
-        raise InputError("the file exists", where=str(target), fix="name another")
+        what = "this is a folder" if target.is_dir() else "the file exists"
+        raise InputError(what, where=str(target), fix="name another file")
     if not target.parent.is_dir():
         raise InputError("no such folder", where=str(target.parent), fix="make it, or name another file")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise OutsideError(
+            f"the file cannot be written: {error.strerror}", where=str(target), fix="name another"
+        ) from error
     say(f"copied {name} to {target}")
     _next(f"tuneship validate {target}")
 
@@ -145,9 +157,7 @@ def plan(
 
     recipe = _recipe(target, overrides)
     accelerator = recipe.cluster.accelerator
-    if card_gb is None and accelerator not in memory.CARDS:
-        raise InputError("no card known by that name", where=f"cluster.accelerator: {accelerator}", fix="say --card-gb")
-    card = memory.CARDS[accelerator] if card_gb is None else int(card_gb * 1e9)
+    card = memory.card(accelerator, card_gb)
     result = memory.plan(recipe, base.resolve(recipe.model, weights=False).config, card=card)
     if as_json:
         print(json.dumps(result))
