@@ -27,6 +27,7 @@ READ_BY = {
     "run/adapter/adapter_config.json": ("tuneship train", "evaluate export serve ask"),
     "run/adapter/adapter_model.safetensors": ("tuneship train", "train evaluate export publish serve ask"),
     "base/config.json": ("restore", "resume evaluate export serve ask"),
+    "base/tokenizer.json": ("restore", "resume evaluate export"),
     "base/model.safetensors": ("restore", "resume evaluate export serve ask"),
 }
 

@@ -60,6 +60,23 @@ class BaseFiles:
         return config
 
     @property
+    def length(self) -> int:
+        """Longest text that the model was made for, in tokens.
+
+        Raises:
+            InputError: its config.json does not say it.
+        """
+        config = self.config
+        try:
+            return int(config["max_position_embeddings"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                "the model does not say how long a text may be (max_position_embeddings)",
+                where=str(self.folder / "config.json"),
+                fix=self.restored,
+            ) from error
+
+    @property
     def restored(self) -> str:
         """What to do where its files are damaged."""
         if self.revision == "local":

@@ -119,9 +119,16 @@ def load_tokenizer(files: BaseFiles) -> Any:
     """The base's tokenizer.
 
     Raises:
-        InputError: it has no end-of-sequence token, so that no answer could end.
+        InputError: it is damaged, or has no end-of-sequence token, so that no answer could end.
     """
-    tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    except Exception as error:  # whatever transformers and tokenizers stumble over
+        raise InputError(
+            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
+            where=str(files.folder / "tokenizer.json"),
+            fix=files.restored,
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token", where=str(files.folder))
     return tokenizer

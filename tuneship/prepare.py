@@ -127,9 +127,11 @@ def _tokenizer(files: base.BaseFiles) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers and tokenizers stumble over
         raise InputError(
-            f"the base has no tokenizer that can be read: {str(error).strip().splitlines()[0]}", where=str(files.folder)
+            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
+            where=str(files.folder / "tokenizer.json"),
+            fix=files.restored,
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError("the base's tokenizer has no end-of-sequence token", where=str(files.folder))

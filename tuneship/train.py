@@ -276,7 +276,7 @@ def _check_processes(count: int, todo: Plan) -> None:
 
 
 def _check_length(files: base.BaseFiles, train: Train) -> None:
-    length = files.config["max_position_embeddings"]
+    length = files.length
     if train.max_length > length:
         raise InputError(
             f"train.max_length {train.max_length} is more than the base's context of {length} tokens",

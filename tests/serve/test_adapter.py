@@ -59,6 +59,13 @@ def test_a_merged_models_folder_is_found(tiny_adapter: Path, tiny_base: Path, tm
     assert adapters.base_of(found).folder == merged
 
 
+def test_a_model_that_does_not_say_its_length_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(tiny_base, tmp_path / "merged"))
+    (merged / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="how long a text may be"):
+        adapters.base_of(adapters.find(merged)).length  # noqa: B018 - it is read
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter and no model"):
         adapters.find(tmp_path)

@@ -112,7 +112,7 @@ class Vllm(Upstream):
 def command(found: Sequence[Adapter], files: BaseFiles, settings: Serve) -> list[str]:
     """What vLLM is started with, but for its port."""
     first = found[0]
-    length = min(settings.max_model_len, int(files.config["max_position_embeddings"]))
+    length = min(settings.max_model_len, files.length)
     dtype = "float32" if first.base is not None and first.base.precision == "float32" else "bfloat16"
     name = first.name if first.merged else "base"
     arguments: list[Any] = [files.folder, "--served-model-name", name, "--host", "127.0.0.1", "--dtype", dtype]
