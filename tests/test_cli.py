@@ -28,9 +28,11 @@ from zygote import Commands, Finished, until
 import tuneship
 from tuneship import cli
 from tuneship import recipe as recipes
+from tuneship.journal import open_run, read_run
 
 VERBS = sorted(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
 ROW = sql_rows(1)[0]
+LONG = "x" * 5000
 
 
 @pytest.fixture
@@ -135,6 +137,40 @@ def test_init_lists_and_copies(tuneship_: Callable[..., Finished], tmp_path: Pat
     assert (tmp_path / "tiny.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "code", "said"),
+    [
+        (".", 2, "this is a folder"),
+        ("/dev/null", 2, "the file exists"),
+        ("/dev/null/x", 2, "no such folder"),
+        ("/proc/x", 3, "the file cannot be written"),
+        (LONG, 2, "the name is too long"),
+    ],
+)
+def test_init_to_where_no_file_can_be(tuneship_: Callable[..., Finished], target: str, code: int, said: str) -> None:
+    refused(tuneship_("init", "tiny", target), code, said, "\n  fix:   ")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["init", LONG],
+        ["validate", LONG],
+        ["report", "tiny", "--run", LONG],
+        ["serve", LONG],
+        ["ask", LONG, "Why?"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_name_that_is_too_long(tuneship_: Callable[..., Finished], argv: list[str]) -> None:
+    assert len(refused(tuneship_(*argv), 2, "the name is too long", "name a shorter one")) < 200
+
+
+@pytest.mark.parametrize("size", ["inf", "-inf", "nan", "0", "-1", "1e300"])
+def test_a_card_of_no_size(tuneship_: Callable[..., Finished], size: str) -> None:
+    refused(tuneship_("plan", "tiny", "--card-gb", size), 2, "no card has that size", "where: --card-gb ")
+
+
 def test_validate_counts(tuneship_: Callable[..., Finished], recipe: Callable[..., Path], tmp_path: Path) -> None:
     plain, as_json = tuneship_("validate", recipe()), tuneship_("validate", recipe(), "--json")
     assert (plain.code, as_json.code) == (0, 0)
@@ -214,14 +250,26 @@ def test_a_run_is_named_by_its_recipe(
         ("report", 2, "there is nothing to report yet"),
     ],
 )
-@pytest.mark.parametrize("prepared", [False, True])
 def test_a_stage_before_its_time(
-    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], verb: str, code: int, said: str, prepared: bool
+    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], verb: str, code: int, said: str
 ) -> None:
     file = recipe(publish={"folder": "published"})
-    if prepared:
-        assert tuneship_("prepare", file).code == 0
+    assert tuneship_("prepare", file).code == 0
     assert "\n  fix:   tuneship " in refused(tuneship_(verb, file), code, said)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export", "publish", "report"])
+def test_a_stage_without_a_run_makes_none(
+    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], tmp_path: Path, verb: str
+) -> None:
+    refused(tuneship_(verb, recipe()), 2, "no run here", "where: runs/tiny-test", "tuneship train RECIPE")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_report_is_made_while_another_process_writes(tuneship_: Callable[..., Finished], trained: Path) -> None:
+    with open_run(trained, read_run(trained).recipe):
+        refused(tuneship_("evaluate", trained), 3, "another process")
+        assert tuneship_("report", trained).out == f"{trained}/report.html\n"
 
 
 def test_a_folder_of_another_recipe(

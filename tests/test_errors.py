@@ -38,8 +38,8 @@ def test_an_error_survives_the_way_between_processes(kind: type[TuneshipError], 
 
 
 def test_an_sql_error_survives_it_too() -> None:
-    again = pickle.loads(pickle.dumps(SqlError("timeout", "too long")))
-    assert (again.kind, again.what) == ("timeout", "too long")
+    again = pickle.loads(pickle.dumps(SqlError("timeout", "too long", "SELECT 1")))
+    assert (again.kind, again.what, again.sql) == ("timeout", "too long", "SELECT 1")
 
 
 def test_a_caller_may_catch_what_python_would_have_raised() -> None:

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tuneship import journal, storage
+from tuneship import checkpoint, journal, storage
+from tuneship.checkpoint import Checkpoint
 from tuneship.cluster import kept
 from tuneship.cluster.kept import Kept
 from tuneship.errors import InputError
@@ -95,6 +97,34 @@ def test_another_machine_goes_on_from_the_mirror(make_recipe: Callable[..., Reci
     assert (tmp_path / "one/adapter/adapter_model.safetensors").read_bytes() == (
         tmp_path / "two/adapter/adapter_model.safetensors"
     ).read_bytes()
+
+
+def test_nothing_half_fetched_is_taken_for_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirror, fetch = tmp_path / "mirror", storage.get
+    for step in (2, 4):
+        saved = Checkpoint(step, {"a": torch.ones(3)}, {"step": torch.ones(())}, {"loss": 1.0})
+        checkpoint.save(tmp_path / "here", saved, keep=2, mirror=str(mirror))
+    for allowed in range(2 * (len(checkpoint.FILES) + 1)):
+        fetched = 0
+
+        def cut_off(uri: str, file: Path, allowed: int = allowed) -> None:
+            nonlocal fetched
+            fetched += 1
+            if fetched > allowed:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(b"half")
+                raise KeyboardInterrupt
+            fetch(uri, file)
+
+        folder = tmp_path / f"there-{allowed}"
+        monkeypatch.setattr(storage, "get", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.latest(folder, mirror=str(mirror))
+        for step in checkpoint.steps(folder):
+            assert files(folder / f"step-{step}") == files(mirror / f"step-{step}")
+        monkeypatch.setattr(storage, "get", fetch)
+        again = checkpoint.latest(folder, mirror=str(mirror))
+        assert again is not None and again.step == 4
 
 
 def test_prepared_without_weights_the_training_notes_them(make_recipe: Callable[..., Recipe], tmp_path: Path) -> None:

@@ -277,6 +277,8 @@ IMPOSSIBLE: dict[str, tuple[dict[str, Any], str]] = {
         {"data": {"template": "{question} {answer}", "columns": {"context": "schema"}}},
         "columns.context has no effect",
     ),
+    "a column without a name": ({"data": {"columns": {"question": ""}}}, "data.columns.question: string should have"),
+    "a split by nothing": ({"data": {"split_by": ""}}, "at least 1 character"),
     "an empty stop": ({"data": {"stop": [""]}}, "at least 1 character"),
     "no rows to measure on": ({"data": {"test_fraction": 0.0}}, "leaves it no rows"),
     "no validation to measure on": (

@@ -45,9 +45,43 @@ class BaseFiles:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
-        config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """The model's config.json.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        file = self.folder / "config.json"
+        try:
+            config: dict[str, Any] = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not JSON: {error}", where=str(file), fix=self.restored) from error
+        if not isinstance(config, dict):
+            raise InputError("the model's configuration is no object", where=str(file), fix=self.restored)
         return config
+
+    @property
+    def length(self) -> int:
+        """Longest text that the model was made for, in tokens.
+
+        Raises:
+            InputError: its config.json does not say it.
+        """
+        config = self.config
+        try:
+            return int(config["max_position_embeddings"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise InputError(
+                "the model does not say how long a text may be (max_position_embeddings)",
+                where=str(self.folder / "config.json"),
+                fix=self.restored,
+            ) from error
+
+    @property
+    def restored(self) -> str:
+        """What to do where its files are damaged."""
+        if self.revision == "local":
+            return f"restore the model's files in {self.folder}"
+        return f"remove {self.folder}, and run the same command again"
 
     def weight_files(self) -> list[Path]:
         """The safetensors files, by name."""
@@ -128,12 +162,33 @@ def _check(files: BaseFiles, weights: bool) -> None:
             where=str(files.folder),
             fix="convert it with its author's tools, or take a revision that has them",
         )
+    if weights:
+        check_weights(files.folder, fix=files.restored)
     if "auto_map" in files.config:
         raise InputError(
             "the model wants to run code of its own (auto_map); tuneship never does",
             where=str(files.folder / "config.json"),
             fix="take a model that transformers knows",
         )
+
+
+def check_weights(folder: Path, *, fix: str) -> None:
+    """Refuses weights that nobody could load: the header is read, and the length held against it.
+
+    Raises:
+        InputError: they are missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise InputError("the weights are missing", where=str(folder), fix=fix)
+    for file in weights:
+        try:
+            with safe_open(file, framework="np"):
+                pass
+        except SafetensorError as error:
+            raise InputError(f"the weights are damaged: {error}", where=str(file), fix=fix) from error
 
 
 def cache_folder() -> Path:

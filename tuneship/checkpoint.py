@@ -13,6 +13,7 @@ is named and the one before it is taken. Nothing is pickled.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from dataclasses import dataclass
@@ -25,8 +26,9 @@ from torch import Tensor
 
 from tuneship import storage
 from tuneship.console import say
+from tuneship.damage import read_json
 from tuneship.errors import OutsideError, TuneshipError
-from tuneship.journal import put_in_place, read_json, sha256_file, write_json
+from tuneship.journal import put_in_place, sha256_file, write_json
 
 MANIFEST = "MANIFEST.json"
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
@@ -114,8 +116,18 @@ def latest(folder: Path, *, mirror: str | None = None) -> Checkpoint | None:
 def _fetch(mirror: str, folder: Path) -> None:
     names = storage.listing(mirror)
     whole = [match for name in names if name.endswith(f"/{MANIFEST}") and (match := _STEP.match(name.split("/")[0]))]
-    for match in sorted(whole, key=lambda match: int(match.group(1)))[-2:]:
-        storage.download(f"{mirror.rstrip('/')}/{match.group(0)}", folder / match.group(0))
+    # The newest first: where a kill leaves one of them, it is that one.
+    for match in sorted(whole, key=lambda match: -int(match.group(1)))[:2]:
+        target, partial = folder / match.group(0), folder / f".partial-{match.group(1)}-{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        storage.download(f"{mirror.rstrip('/')}/{target.name}", partial)
+        try:
+            partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            # Another process of this training was quicker; its copy is the same.
+            shutil.rmtree(partial)
 
 
 class _Damaged(Exception):

@@ -6,6 +6,7 @@ imports only what it needs: `tuneship --help` loads no torch, no transformers, n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ import tuneship
 from tuneship import cli_gke
 from tuneship.console import say
 from tuneship.credentials import redact
-from tuneship.errors import GateError, InputError, TuneshipError
+from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 
 app = typer.Typer(
     help="One recipe, from rows to a tuned, measured, published and served model.",
@@ -69,6 +70,11 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(2)
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            # Whatever it should have named: no file is called so.
+            wrong = InputError("the name is too long", where=f"{error.filename!s:.60}…", fix="name a shorter one")
+            say(f"error: {redact(str(wrong))}")
+            sys.exit(wrong.exit_code)
         # A defect: its traceback is what a report needs, without tokens.
         say(redact(traceback.format_exc()))
         sys.exit(1)
@@ -108,10 +114,16 @@ def init(
     source = recipe.find(name)
     target = target or Path(f"{source.stem}.yaml")
     if target.exists():
-        raise InputError("the file exists", where=str(target), fix="name another")
+        what = "this is a folder" if target.is_dir() else "the file exists"
+        raise InputError(what, where=str(target), fix="name another file")
     if not target.parent.is_dir():
         raise InputError("no such folder", where=str(target.parent), fix="make it, or name another file")
-    shutil.copyfile(source, target)
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise OutsideError(
+            f"the file cannot be written: {error.strerror}", where=str(target), fix="name another"
+        ) from error
     say(f"copied {name} to {target}")
     _next(f"tuneship validate {target}")
 
@@ -145,9 +157,7 @@ def plan(
 
     recipe = _recipe(target, overrides)
     accelerator = recipe.cluster.accelerator
-    if card_gb is None and accelerator not in memory.CARDS:
-        raise InputError("no card known by that name", where=f"cluster.accelerator: {accelerator}", fix="say --card-gb")
-    card = memory.CARDS[accelerator] if card_gb is None else int(card_gb * 1e9)
+    card = memory.card(accelerator, card_gb)
     result = memory.plan(recipe, base.resolve(recipe.model, weights=False).config, card=card)
     if as_json:
         print(json.dumps(result))
@@ -195,7 +205,7 @@ def evaluate(target: Target, run: RunOption = None, overrides: Overrides = None,
     """Measure base and tuned on held-out rows; exit 4 if the gate says no."""
     from tuneship.evaluate import evaluate
 
-    with _opened(target, run, overrides) as opened:
+    with _opened(target, run, overrides, there=True) as opened:
         result = evaluate(opened)
     _done(result, as_json, f"tuneship report {target}{_run_flag(run)}")
     _check_gate(result, str(opened.evaluation_file))
@@ -206,7 +216,7 @@ def export(target: Target, run: RunOption = None, overrides: Overrides = None, a
     """Merge the adapter into bfloat16 safetensors, and prove that it is the same model."""
     from tuneship.export import export
 
-    with _opened(target, run, overrides) as opened:
+    with _opened(target, run, overrides, there=True) as opened:
         result = export(opened)
     _done(result, as_json, f"tuneship serve {opened.path}")
 
@@ -223,7 +233,7 @@ def publish(
     """Send the adapter to a folder, a gs:// URI or the Hub, as the recipe says."""
     from tuneship.publish import publish
 
-    with _opened(target, run, overrides) as opened:
+    with _opened(target, run, overrides, there=True) as opened:
         result = publish(opened, update=update, force=force)
     _done(result, as_json, f"tuneship serve {opened.path}")
 
@@ -231,10 +241,11 @@ def publish(
 @app.command()
 def report(target: Target, run: RunOption = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the run as one HTML page."""
+    from tuneship.journal import read_run
     from tuneship.report import report
 
-    with _opened(target, run, overrides) as opened:
-        path = report(opened)
+    recipe = _recipe(target, overrides)
+    path = report(read_run(_there(_folder(target, run, recipe)), recipe))
     if as_json:
         print(json.dumps({"report": str(path)}))
     else:
@@ -299,9 +310,16 @@ def ask(
     """Ask a tuned model; print its SQL, and run it if told on what."""
     from dataclasses import asdict
 
-    from tuneship.serve.client import ask
+    from tuneship.database import SqlError
+    from tuneship.serve.client import Asked, ask
 
-    asked = ask(where, question, context=context, db=db, run=run_it, model=model, base=base, quiet=as_json)
+    try:
+        asked = ask(where, question, context=context, db=db, run=run_it, model=model, base=base, quiet=as_json)
+    except SqlError as error:
+        if as_json:
+            told = {"kind": error.kind, "message": error.what}
+            print(json.dumps({**asdict(Asked(question, error.sql)), "error": told}))
+        raise
     if as_json:
         print(json.dumps(asdict(asked), default=repr))
 
@@ -332,12 +350,26 @@ def run_flow(
 
 
 @contextmanager
-def _opened(target: str, run: Path | None, overrides: list[str] | None, fresh: bool = False) -> Iterator[Any]:
+def _opened(
+    target: str, run: Path | None, overrides: list[str] | None, fresh: bool = False, *, there: bool = False
+) -> Iterator[Any]:
     from tuneship.journal import open_run
 
     recipe = _recipe(target, overrides)
-    with open_run(_folder(target, run, recipe), recipe, fresh=fresh) as opened:
+    folder = _folder(target, run, recipe)
+    with open_run(_there(folder) if there else folder, recipe, fresh=fresh) as opened:
         yield opened
+
+
+def _there(folder: Path) -> Path:
+    """The folder, if it holds a run: a verb that needs one makes none."""
+    from tuneship import journal
+
+    if not journal.is_run(folder):
+        raise InputError(
+            "no run here: recipe.json is missing", where=str(folder), fix="tuneship train RECIPE, or name its --run"
+        )
+    return folder
 
 
 def _recipe(target: str, overrides: list[str] | None) -> Any:

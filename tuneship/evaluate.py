@@ -21,11 +21,12 @@ import numpy as np
 from tuneship import base, database, prompt
 from tuneship import model as models
 from tuneship.console import progress, say
+from tuneship.damage import remake
 from tuneship.data import heldout
 from tuneship.data.heldout import HeldOut
 from tuneship.errors import InputError, Stopped
 from tuneship.generation import Completion, Generator, Request, complete
-from tuneship.journal import PROVENANCE, Run, judge, read_json, write_json
+from tuneship.journal import PROVENANCE, Run, judge, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
@@ -92,9 +93,11 @@ def evaluate(run: Run) -> dict[str, Any]:
             where=str(run.path),
             fix=f"raise data.{recipe.evaluate.split}_fraction, or bring more rows",
         )
+    examples = heldout.read(run.data / "examples.jsonl", recipe.evaluate.few_shot) if recipe.evaluate.few_shot else []
     _check_columns(recipe.evaluate.by, rows)
+    base.check_weights(run.adapter, fix=remake(run.adapter / PROVENANCE))
     files = base.resolve(recipe.model)
-    files.expect(read_json(run.adapter / PROVENANCE)["base"]["fingerprint"], "the adapter was trained")
+    files.expect(run.trained_on(), "the adapter was trained")
     cpu.keep_memory()
     contract = Prompt(recipe.data.template, recipe.data.stop)
     model = models.load(files, recipe.model.precision)
@@ -109,7 +112,6 @@ def evaluate(run: Run) -> dict[str, Any]:
         answers["base"] = _measure(model, "base", rows, contract, recipe.evaluate, stop)
         losses["base"] = loss()
         if recipe.evaluate.few_shot:
-            examples = heldout.read(run.data / "examples.jsonl", recipe.evaluate.few_shot)
             name = f"base, {len(examples)} examples"
             answers[name] = _measure(model, name, rows, contract, recipe.evaluate, stop, examples)
             losses[name] = None

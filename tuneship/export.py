@@ -25,10 +25,11 @@ from tuneship import base, prompt
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.console import progress, say
+from tuneship.damage import guarded, read_json, remake
 from tuneship.data import heldout
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.generation import Generator, Request, complete
-from tuneship.journal import PROVENANCE, Run, put_in_place, read_json, write_json
+from tuneship.journal import PROVENANCE, Run, put_in_place, write_json
 from tuneship.kernels.attention import Documents
 from tuneship.prompt import Prompt
 
@@ -51,10 +52,12 @@ def export(run: Run) -> dict[str, Any]:
         raise InputError("the run has no adapter yet", where=str(run.path), fix="tuneship train RECIPE")
     if (run.merged / "proof.json").exists():
         say(f"already exported: {run.merged}")
+        base.check_weights(run.merged, fix=remake(run.merged / PROVENANCE))
         proof: dict[str, Any] = read_json(run.merged / "proof.json")
         return proof
+    base.check_weights(run.adapter, fix=remake(run.adapter / PROVENANCE))
     files = base.resolve(run.recipe.model)
-    files.expect(read_json(run.adapter / PROVENANCE)["base"]["fingerprint"], "the adapter was trained")
+    files.expect(run.trained_on(), "the adapter was trained")
     _check_room(run.path, files)
     partial = run.path / ".merged.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -77,8 +80,9 @@ def merge(files: BaseFiles, adapter: Path, target: Path) -> None:
         InputError: the adapter has a target that the base has not.
     """
     target.mkdir(parents=True)
-    config = read_json(adapter / models.CONFIG)
-    scale = config["lora_alpha"] / config["r"]
+    with guarded(adapter / models.CONFIG):
+        config = read_json(adapter / models.CONFIG)
+        scale = config["lora_alpha"] / config["r"]
     weights = load_file(adapter / models.WEIGHTS)
     pairs = {_base_name(n): (t, weights[n.replace("lora_A", "lora_B")]) for n, t in weights.items() if "lora_A" in n}
     merged = size = 0

@@ -41,8 +41,9 @@ from metaflow.plugins.argo.argo_workflows import ArgoWorkflows
 from tuneship import recipe as recipes
 from tuneship.cluster import kept, template
 from tuneship.cluster.kept import Kept
+from tuneship.damage import read_json
 from tuneship.errors import InputError, OutsideError, TuneshipError
-from tuneship.journal import Run, open_run, read_json, write_json
+from tuneship.journal import Run, open_run, write_json
 from tuneship.recipe import Recipe
 from tuneship.signals import stopped_by_sigterm
 

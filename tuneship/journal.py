@@ -19,14 +19,12 @@ once.
 from __future__ import annotations
 
 import datetime
-import errno
 import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -35,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import tuneship
+from tuneship.damage import full_disk, guarded, parse_json, read_json
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 from tuneship.recipe import Gate, Recipe, validate
 
@@ -81,6 +80,48 @@ class Run:
         """The updates so far; a torn last line, from a kill, is not one."""
         return list(_lines(self.metrics_file))
 
+    def prepared(self) -> dict[str, Any]:
+        """What prepare noted last.
+
+        Raises:
+            InputError: it is damaged, or the run is not prepared.
+        """
+        file = self.data / PREPARED
+        if not file.exists():
+            raise InputError("the run is not prepared", where=str(self.path), fix="tuneship prepare RECIPE")
+        with guarded(file):
+            facts: dict[str, Any] = read_json(file)
+            for key in ("source", "splits", "train_sha256"):
+                facts[key]
+            for key in ("revision", "fingerprint"):
+                facts["base"][key]
+        return facts
+
+    def evaluation(self) -> dict[str, Any]:
+        """What evaluate wrote, or nothing where it has not.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        if not self.evaluation_file.is_file():
+            return {}
+        with guarded(self.evaluation_file):
+            facts: dict[str, Any] = read_json(self.evaluation_file)
+            for key in ("metric", "split"):
+                facts[key]
+            for number in (facts["scores"][-1]["score"], facts["scores"][-1]["rows"], facts["gain"]["value"]):
+                float(number)
+        return facts
+
+    def trained_on(self) -> str:
+        """The fingerprint of the adapter's base.
+
+        Raises:
+            InputError: what stands beside the adapter is damaged.
+        """
+        with guarded(self.adapter / PROVENANCE):
+            return str(read_json(self.adapter / PROVENANCE)["base"]["fingerprint"])
+
     def rewind(self, step: int) -> None:
         """Drops what metrics.jsonl says of updates after `step`."""
         if self.metrics_file.exists():
@@ -95,7 +136,7 @@ class Run:
         Raises:
             GateError: it does not pass, or nothing was evaluated as the recipe says, and no reason is given.
         """
-        evaluation: dict[str, Any] = read_json(self.evaluation_file) if self.evaluation_file.is_file() else {}
+        evaluation = self.evaluation()
         if force:
             return evaluation
         if not evaluation:
@@ -128,7 +169,10 @@ class Run:
 
     def provenance(self) -> dict[str, Any]:
         """What is known of where the run came from."""
-        return read_json(self.provenance_file) if self.provenance_file.exists() else {}
+        if not self.provenance_file.exists():
+            return {}
+        with guarded(self.provenance_file):
+            return dict(read_json(self.provenance_file))
 
     def record(self, **facts: Any) -> None:
         """Adds facts to provenance.json."""
@@ -203,32 +247,43 @@ def open_run(path: Path, recipe: Recipe, *, fresh: bool = False) -> Iterator[Run
     with _lock(path):
         if (path / "data" / PREPARED).exists() or (path / "metrics.jsonl").exists():
             # Before that nothing is lost, and a recipe that was refused may be mended.
-            _same_weights(validate(read_json(file), where=str(file)), recipe, path)
+            _same_weights(_recipe(file), recipe, path)
         try:
             write_json(file, recipe.model_dump(mode="json"))
             for folder in ("data", "checkpoints"):
                 (path / folder).mkdir(exist_ok=True)
         except OSError as error:
             raise _refused(path, error) from error
-        with _full_disk(path):
+        with full_disk(path):
             yield Run(path, recipe)
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, recipe: Recipe | None = None) -> Run:
     """A run's folder for reading.
 
+    Args:
+        recipe: what it says now, where that may be something else than when the run was made.
+
     Raises:
-        InputError: the folder holds no run.
+        InputError: the folder holds no run, or belongs to another recipe.
     """
     file = path / "recipe.json"
     if not file.is_file():
         raise InputError("no run here: recipe.json is missing", where=str(path), fix="name a run folder, as runs/tiny")
-    return Run(path, validate(read_json(file), where=str(file)))
+    made = _recipe(file)
+    if recipe is not None:
+        _same_weights(made, recipe, path)
+    return Run(path, recipe or made)
 
 
 def is_run(path: Path) -> bool:
     """Whether a path is a run's folder."""
     return (path / "recipe.json").is_file()
+
+
+def _recipe(file: Path) -> Recipe:
+    with guarded(file):
+        return validate(dict(read_json(file)), where=str(file))
 
 
 @contextmanager
@@ -251,26 +306,6 @@ def _lock(path: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
-
-
-@contextmanager
-def _full_disk(path: Path) -> Iterator[None]:
-    """Whatever a stage was writing when the disk was full: said in one line, not by a traceback."""
-    try:
-        yield
-    except TuneshipError:
-        raise
-    except Exception as error:
-        # safetensors' error is no OSError and has no number, but says it.
-        said = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(said.group(1)) if said else None
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise OutsideError(
-            f"the disk is full: {os.strerror(number)}; {shutil.disk_usage(path).free} bytes are free",
-            where=str(path),
-            fix="free some room and run the same command again; what was finished is kept",
-        ) from error
 
 
 def _refused(path: Path, error: OSError) -> OutsideError:
@@ -307,7 +342,10 @@ def _lines(file: Path) -> Iterator[dict[str, Any]]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.endswith(b"\n"):
-                yield _json(line, f"{file}:{number}")
+                found = parse_json(line, file, f":{number}")
+                with guarded(file, f":{number}"):
+                    int(found["step"])
+                yield found
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -345,22 +383,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file's value.
-
-    Raises:
-        InputError: it is not JSON.
-    """
-    return _json(file.read_bytes(), str(file))
-
-
-def _json(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {error}", where=where) from error
 
 
 def sha256_file(file: Path) -> str:

@@ -20,6 +20,7 @@ import psutil
 
 from tuneship import journal
 from tuneship.cluster.commands import metaflow_user
+from tuneship.damage import read_json
 from tuneship.errors import Stopped, TuneshipError, from_dict
 from tuneship.recipe import Recipe
 
@@ -43,12 +44,12 @@ def run_flow(recipe: Recipe, folder: Path, *, fresh: bool = False) -> dict[str, 
         error_file = Path(scratch) / "error.json"
         code, stopped = _run(["--config", "config", str(config), "run"], error_file)
         if error_file.exists():
-            raise from_dict(journal.read_json(error_file))
+            raise from_dict(read_json(error_file))
         if code != 0 and stopped:
             raise Stopped(f"stopped by {stopped}", where=str(folder), fix="run the same command again to go on")
         if code != 0:
             raise TuneshipError("the flow failed; its own lines above say why", where=str(folder))
-    evaluation: dict[str, Any] = journal.read_json(folder / "evaluation.json")
+    evaluation: dict[str, Any] = read_json(folder / "evaluation.json")
     del evaluation["rows"]
     return evaluation
 

@@ -42,6 +42,27 @@ _MARGIN = 0.95
 _REST_BYTES = 4 * 10**9
 
 
+# More than any card will have.
+_MOST_GB = 1e6
+
+
+def card(accelerator: str, gb: float | None = None) -> int:
+    """Bytes on a card: of a size, or by its name.
+
+    Raises:
+        InputError: nobody knows the name, or no card has that size.
+    """
+    if gb is None:
+        if accelerator not in CARDS:
+            raise InputError(
+                "no card known by that name", where=f"cluster.accelerator: {accelerator}", fix="say --card-gb"
+            )
+        return CARDS[accelerator]
+    if not 0 < gb <= _MOST_GB:
+        raise InputError("no card has that size", where=f"--card-gb {gb:g}", fix="say its gigabytes, as --card-gb 24")
+    return int(gb * 1e9)
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the card, at the peak of a step."""

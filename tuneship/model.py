@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from tuneship.base import BaseFiles
+from tuneship.damage import guarded
 from tuneship.errors import InputError
 from tuneship.kernels import attention, cpu
 from tuneship.kernels import lora as lora_kernel
@@ -118,9 +119,16 @@ def load_tokenizer(files: BaseFiles) -> Any:
     """The base's tokenizer.
 
     Raises:
-        InputError: it has no end-of-sequence token, so that no answer could end.
+        InputError: it is damaged, or has no end-of-sequence token, so that no answer could end.
     """
-    tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    except Exception as error:  # whatever transformers and tokenizers stumble over
+        raise InputError(
+            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
+            where=str(files.folder / "tokenizer.json"),
+            fix=files.restored,
+        ) from error
     if tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end-of-sequence token", where=str(files.folder))
     return tokenizer
@@ -240,10 +248,13 @@ def load_adapter(model: LoadedModel, folder: Path) -> None:
     """
     if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
         raise InputError("no adapter here", where=str(folder), fix="run tuneship train first")
-    config = LoraConfig.from_pretrained(str(folder))
+    with guarded(folder / CONFIG):
+        config = LoraConfig.from_pretrained(str(folder))
     config.inference_mode = True
     _attach(model, config)
-    set_adapter_tensors(model, load_file(folder / WEIGHTS))
+    with guarded(folder / WEIGHTS):
+        tensors = load_file(folder / WEIGHTS)
+    set_adapter_tensors(model, tensors)
     model.causal.eval()
 
 

@@ -27,7 +27,7 @@ from tuneship.data.packing import Tokens
 from tuneship.data.rows import Row, Tally
 from tuneship.data.sources import Broken, RawRow
 from tuneship.errors import InputError
-from tuneship.journal import PREPARED, Run, code_facts, read_json, sha256_file, write_json, write_text
+from tuneship.journal import PREPARED, Run, code_facts, sha256_file, write_json, write_text
 from tuneship.prompt import Prompt
 from tuneship.recipe import Data, Recipe
 
@@ -63,7 +63,7 @@ def prepare(run: Run, *, weights: bool = True) -> dict[str, Any]:
     recipe, folder = run.recipe, run.data
     source = _source(recipe.data)
     if (folder / PREPARED).exists():
-        prepared: dict[str, Any] = read_json(folder / PREPARED)
+        prepared = run.prepared()
         if prepared["source"] != source:
             raise InputError(
                 "the data changed since this run was prepared",
@@ -127,9 +127,11 @@ def _tokenizer(files: base.BaseFiles) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever transformers and tokenizers stumble over
         raise InputError(
-            f"the base has no tokenizer that can be read: {str(error).strip().splitlines()[0]}", where=str(files.folder)
+            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
+            where=str(files.folder / "tokenizer.json"),
+            fix=files.restored,
         ) from error
     if tokenizer.eos_token_id is None:
         raise InputError("the base's tokenizer has no end-of-sequence token", where=str(files.folder))

@@ -17,10 +17,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from tuneship import hub, storage
+from tuneship import base, hub, storage
 from tuneship.console import say
+from tuneship.damage import guarded, read_json, remake
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import PROVENANCE, Run, read_json, sha256_file, write_json, write_text
+from tuneship.journal import PROVENANCE, Run, sha256_file, write_json, write_text
 
 CARD = "README.md"
 
@@ -54,7 +55,9 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if not (source / PROVENANCE).exists():
         missing, verb = ("merged model", "export") if settings.merged else ("adapter", "train")
         raise InputError(f"the run has no {missing} yet", where=str(run.path), fix=f"tuneship {verb} RECIPE")
-    _check_weights(source)
+    base.check_weights(source, fix=remake(source / PROVENANCE))
+    with guarded(source / PROVENANCE):
+        read_json(source / PROVENANCE)["base"]
     if settings.folder is not None:
         _check_folder(settings.folder, run)
     parcel = run.path / "publish"
@@ -65,22 +68,6 @@ def publish(run: Run, *, update: bool = False, force: str = "") -> dict[str, str
     if settings.hub_model_id is not None:
         done[settings.hub_model_id] = _to_hub(parcel, run, update)
     return done
-
-
-def _check_weights(source: Path) -> None:
-    """Refuses weights that nobody could load: the header is read, and the length held against it."""
-    from safetensors import SafetensorError, safe_open
-
-    weights = sorted(source.glob("*.safetensors"))
-    fix = f"remove {source}, and make it again: tuneship {'export' if source.name == 'merged' else 'train'} RECIPE"
-    if not weights:
-        raise InputError("the weights are missing", where=str(source), fix=fix)
-    for file in weights:
-        try:
-            with safe_open(file, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise InputError(f"the weights are damaged: {error}", where=str(file), fix=fix) from error
 
 
 def _pack(source: Path, parcel: Path, text: str) -> None:
@@ -277,7 +264,12 @@ def _same(file: Path, remote: Any) -> bool:
 
 def card(run: Run, evaluation: dict[str, Any], force: str = "") -> str:
     """The model card: what it is, how it was measured, how to use it."""
-    recipe, facts = run.recipe, read_json(run.adapter / PROVENANCE)
+    with guarded(run.adapter / PROVENANCE):
+        return _card(run, read_json(run.adapter / PROVENANCE), evaluation, force)
+
+
+def _card(run: Run, facts: dict[str, Any], evaluation: dict[str, Any], force: str) -> str:
+    recipe = run.recipe
     kind = "merged model" if recipe.publish.merged else "LoRA adapter"
     hub_base = recipe.model.model_name_or_path if hub.is_id(recipe.model.model_name_or_path) else None
     head = ["---", "library_name: " + ("transformers" if recipe.publish.merged else "peft")]
@@ -296,7 +288,8 @@ def card(run: Run, evaluation: dict[str, Any], force: str = "") -> str:
         "",
     ]
     if evaluation:
-        lines += ["## Measured", "", *_scores(evaluation), ""]
+        with guarded(run.evaluation_file):
+            lines += ["## Measured", "", *_scores(evaluation), ""]
     if force:
         lines += [f"> Published although the gate did not pass: {force}", ""]
     lines += [

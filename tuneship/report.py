@@ -14,8 +14,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from tuneship.errors import InputError
-from tuneship.journal import Run, read_json, write_text
+from tuneship.damage import guarded
+from tuneship.errors import InputError, OutsideError
+from tuneship.journal import Run, write_text
 
 EXAMPLES = 8
 # The chart's drawing area, in SVG units.
@@ -26,18 +27,33 @@ def report(run: Run) -> Path:
     """Writes the run's report.html; returns its path.
 
     Raises:
-        InputError: the run has neither trained nor been evaluated.
+        InputError: the run has neither trained nor been evaluated, or a file of it is damaged.
+        OutsideError: the page cannot be written.
     """
-    write_text(run.report_file, render(run))
+    page = render(run)
+    try:
+        write_text(run.report_file, page)
+    except OSError as error:
+        raise OutsideError(
+            f"the page cannot be written: {error.strerror}",
+            where=str(run.report_file),
+            fix="free some room, or see whose folder it is",
+        ) from error
     return run.report_file
 
 
 def render(run: Run) -> str:
     """The page as text."""
     metrics = run.metrics()
-    evaluation = read_json(run.evaluation_file) if run.evaluation_file.exists() else None
-    if not metrics and evaluation is None:
+    evaluation = run.evaluation()
+    if not metrics and not evaluation:
         raise InputError("there is nothing to report yet", where=str(run.path), fix="tuneship train RECIPE")
+    with guarded(run.metrics_file):
+        chart = loss_chart(metrics) if len(metrics) > 1 else None
+        tokens, seconds = (sum(line[key] for line in metrics) for key in ("tokens", "seconds"))
+    with guarded(run.evaluation_file):
+        breakdown = _breakdown(evaluation) if evaluation else {}
+        examples = _examples(evaluation) if evaluation else []
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -50,14 +66,14 @@ def render(run: Run) -> str:
         recipe=run.recipe,
         run=str(run.path),
         metrics=metrics,
-        chart=loss_chart(metrics) if len(metrics) > 1 else None,
-        evaluation=evaluation,
-        breakdown=_breakdown(evaluation) if evaluation else {},
-        examples=_examples(evaluation) if evaluation else [],
+        chart=chart,
+        evaluation=evaluation or None,
+        breakdown=breakdown,
+        examples=examples,
         provenance=run.provenance(),
         settings=run.recipe.model_dump(mode="json", include={"lora", "train"}),
-        tokens=sum(line["tokens"] for line in metrics),
-        seconds=sum(line["seconds"] for line in metrics),
+        tokens=tokens,
+        seconds=seconds,
     )
 
 

@@ -31,10 +31,11 @@ from tuneship import base, checkpoint, parallel, prompt, replay, storage, traina
 from tuneship import model as models
 from tuneship.checkpoint import Checkpoint
 from tuneship.console import progress, say
+from tuneship.damage import guarded, read_json, remake
 from tuneship.data import heldout
 from tuneship.data.packing import Plan, Tokens, plan
 from tuneship.errors import InputError, OutsideError, Stopped, TuneshipError
-from tuneship.journal import PROVENANCE, Run, code_facts, put_in_place, read_json, read_run, write_json
+from tuneship.journal import PROVENANCE, Run, code_facts, put_in_place, read_run, write_json
 from tuneship.kernels import cpu
 from tuneship.loss import held_out_loss
 from tuneship.model import LoadedModel
@@ -253,9 +254,8 @@ def learning_rate(step: int, total: int, train: Train) -> float:
 
 
 def _prepared(run: Run) -> tuple[Tokens, dict[str, Any]]:
-    if not (run.data / "prepared.json").exists():
-        raise InputError("the run is not prepared", where=str(run.path), fix="tuneship prepare RECIPE")
-    return Tokens.load(run.data / "train.safetensors"), read_json(run.data / "prepared.json")
+    prepared = run.prepared()
+    return Tokens.load(run.data / "train.safetensors"), prepared
 
 
 def _same_base(files: base.BaseFiles, prepared: dict[str, Any]) -> None:
@@ -275,8 +275,10 @@ def _same_base(files: base.BaseFiles, prepared: dict[str, Any]) -> None:
 def _finished(run: Run, todo: Plan) -> Trained | None:
     if not (run.adapter / PROVENANCE).exists():
         return None
-    facts = read_json(run.adapter / PROVENANCE)
-    return Trained(str(run.adapter), len(todo), facts["loss"], 0.0)
+    with guarded(run.adapter / PROVENANCE):
+        loss = float(read_json(run.adapter / PROVENANCE)["loss"])
+    base.check_weights(run.adapter, fix=remake(run.adapter / PROVENANCE))
+    return Trained(str(run.adapter), len(todo), loss, 0.0)
 
 
 def _check_processes(count: int, todo: Plan) -> None:
@@ -295,7 +297,7 @@ def _check_processes(count: int, todo: Plan) -> None:
 
 
 def _check_length(files: base.BaseFiles, train: Train) -> None:
-    length = files.config["max_position_embeddings"]
+    length = files.length
     if train.max_length > length:
         raise InputError(
             f"train.max_length {train.max_length} is more than the base's context of {length} tokens",

@@ -24,6 +24,10 @@ def change(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:1000])
+
+
 def append(file: Path, text: str) -> None:
     file.write_text(file.read_text() + text)
 
@@ -55,6 +59,13 @@ def test_a_merged_models_folder_is_found(tiny_adapter: Path, tiny_base: Path, tm
     assert adapters.base_of(found).folder == merged
 
 
+def test_a_model_that_does_not_say_its_length_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    merged = Path(shutil.copytree(tiny_base, tmp_path / "merged"))
+    (merged / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="how long a text may be"):
+        adapters.base_of(adapters.find(merged)).length  # noqa: B018 - it is read
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no adapter and no model"):
         adapters.find(tmp_path)
@@ -66,14 +77,25 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     ("spoil", "message"),
     [
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "no weights"),
+        (lambda folder: cut(folder / "adapter_model.safetensors"), "the weights are damaged"),
         (lambda folder: (folder / "tuneship.json").unlink(), "does not say which base"),
+        (lambda folder: (folder / "tuneship.json").write_text("{}"), "does not say which base"),
+        (lambda folder: (folder / "tuneship.json").write_text('{"recipe": '), "not JSON"),
+        (lambda folder: (folder / "tuneship.json").write_text("[]"), "the file is damaged"),
+        (lambda folder: change(folder / "tuneship.json", base={}), "does not say which base"),
+        (lambda folder: change(folder / "tuneship.json", base=["x"]), "the file is damaged"),
+        (lambda folder: change(folder / "tuneship.json", recipe={"name": "tiny"}), "has no 'model'"),
+        (lambda folder: change(folder / "tuneship.json", recipe={"name": "x", "model": {}}), "the file is damaged"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "the file is damaged"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "not JSON"),
         (lambda folder: change(folder / "adapter_config.json", base_model_name_or_path="x/y"), "name two bases"),
     ],
 )
 def test_a_spoilt_adapter_is_refused(tiny_adapter: Path, spoil: Callable[[Path], None], message: str) -> None:
     spoil(tiny_adapter)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         adapters.find(tiny_adapter)
+    assert caught.value.where and caught.value.fix
 
 
 @pytest.mark.parametrize(
@@ -82,6 +104,9 @@ def test_a_spoilt_adapter_is_refused(tiny_adapter: Path, spoil: Callable[[Path],
         (lambda folder: (folder / "prompt.json").unlink(), "no prompt contract"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),
         (lambda folder: (folder / "tokenizer.json").write_text("{"), "the tokenizer cannot be read"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "the file is missing"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), "the file is damaged"),
         (lambda folder: append(folder / "tokenizer.json", "\n"), "not the one that the adapter was trained with"),
         (lambda folder: change(folder / "tokenizer_config.json", eos_token="<bos>"), "other tokens than training saw"),
     ],

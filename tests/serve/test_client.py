@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from gateway_kit import Running, StubEngine, canned, running
 
-from tuneship import credentials
+from tuneship import cli, credentials
 from tuneship.database import Result, SqlError
 from tuneship.errors import InputError, OutsideError
 from tuneship.serve import client
@@ -78,6 +79,15 @@ def test_sql_that_does_not_run_is_printed_and_told(capsys: pytest.CaptureFixture
     with running(StubEngine([" DROP TABLE t"])) as served, pytest.raises(SqlError):
         ask(served.url, "which?", context="CREATE TABLE t (name VARCHAR)", run=True)
     assert capsys.readouterr().out == "DROP TABLE t\n"
+
+
+def test_sql_that_does_not_run_is_in_the_json(capsys: pytest.CaptureFixture[str]) -> None:
+    with running(StubEngine([" DROP TABLE t"])) as served, pytest.raises(SqlError) as caught:
+        cli.ask(served.url, "which?", context="CREATE TABLE t (name VARCHAR)", run_it=True, as_json=True)
+    assert caught.value.sql == "DROP TABLE t"
+    told = {"kind": "refused", "message": "not authorized"}
+    expected = {"question": "which?", "sql": "DROP TABLE t", "columns": None, "rows": [], "error": told}
+    assert json.loads(capsys.readouterr().out) == expected
 
 
 class Terminal(io.StringIO):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ import httpx
 import pytest
 from gateway_kit import WAIT_S, StubEngine, process, running
 
+from tuneship.base import BaseFiles
 from tuneship.errors import InputError, OutsideError
 from tuneship.recipe import Serve
 from tuneship.serve.gateway import Gateway
@@ -150,12 +153,18 @@ def test_v9_a_signal_while_loading_ends_it(tiny_adapter: Path) -> None:
         assert child.wait(WAIT_S) == 0
 
 
-def test_a_model_that_does_not_load_is_one_message(tiny_adapter: Path) -> None:
-    weights = tiny_adapter / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with process(f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0))") as (child, _):
+def test_a_model_that_does_not_load_is_one_message(tiny_adapter: Path, tiny_base: Path, tmp_path: Path) -> None:
+    spoilt = Path(shutil.copytree(tiny_base, tmp_path / "spoilt"))
+    config = json.loads((spoilt / "config.json").read_text())
+    (spoilt / "config.json").write_text(json.dumps(config | {"hidden_activation": "none such"}))
+    # Trained on it: nothing but loading finds that it is none.
+    facts = json.loads((tiny_adapter / "tuneship.json").read_text())
+    facts["base"]["fingerprint"] = BaseFiles("spoilt", spoilt, "local").fingerprint()
+    (tiny_adapter / "tuneship.json").write_text(json.dumps(facts))
+    call = f"serve([Path({str(tiny_adapter)!r})], settings=Serve(port=0), base={str(spoilt)!r})"
+    with process(call) as (child, _):
         assert child.wait(WAIT_S) == 1
         assert child.stderr is not None
         text = child.stderr.read()
-        assert "the engine died: SafetensorError" in text
+        assert "the engine died: KeyError" in text
         assert "Traceback" not in text

@@ -26,8 +26,8 @@ from typing import Any
 from tuneship.cluster.commands import change, metaflow_user, read
 from tuneship.console import say
 from tuneship.credentials import hub_token
+from tuneship.damage import read_json
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import read_json
 from tuneship.recipe import Recipe, validate
 
 FLOW = Path(__file__).parent.parent / "flow.py"

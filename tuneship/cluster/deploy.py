@@ -39,8 +39,9 @@ from tuneship.cluster.outputs import Outputs
 from tuneship.cluster.render import Files
 from tuneship.cluster.served import CONFIG_MAP, Adapter, Served, Settings
 from tuneship.console import say
+from tuneship.damage import read_json
 from tuneship.errors import GateError, InputError, OutsideError
-from tuneship.journal import PROVENANCE, Run, read_json, sha256_file
+from tuneship.journal import PROVENANCE, Run, sha256_file
 
 DEPLOYMENT = "deployment/vllm-gemma-deployment"
 KEYS = "gateway-keys"

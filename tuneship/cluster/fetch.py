@@ -19,8 +19,9 @@ import sys
 from pathlib import Path
 
 from tuneship import hub, storage
+from tuneship.damage import read_json
 from tuneship.errors import InputError, TuneshipError
-from tuneship.journal import PROVENANCE, read_json, sha256_file, write_json
+from tuneship.journal import PROVENANCE, sha256_file, write_json
 
 DIGITS = 12
 HUB = "hf://"

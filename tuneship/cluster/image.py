@@ -17,8 +17,9 @@ from tuneship import recipe
 from tuneship.cluster.commands import change, need, read
 from tuneship.cluster.outputs import Outputs
 from tuneship.console import say
+from tuneship.damage import read_json
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import code_facts, read_json, write_json
+from tuneship.journal import code_facts, write_json
 
 NAME = "tuneship"
 

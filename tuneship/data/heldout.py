@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneship import prompt
+from tuneship.damage import guarded
 from tuneship.data.packing import Tokens
 from tuneship.prompt import Prompt, Tokenizer
 
@@ -31,9 +32,17 @@ class HeldOut:
 
 
 def read(file: Path, limit: int) -> list[HeldOut]:
-    """The first rows of validation.jsonl, test.jsonl or examples.jsonl."""
-    with file.open(encoding="utf-8") as lines:
-        return [HeldOut(**json.loads(line)) for line in islice(lines, limit)]
+    """The first rows of validation.jsonl, test.jsonl or examples.jsonl.
+
+    Raises:
+        InputError: naming the first that is damaged.
+    """
+    rows = []
+    with guarded(file), file.open("rb") as lines:
+        for number, line in enumerate(islice(lines, limit), 1):
+            with guarded(file, f":{number}"):
+                rows.append(HeldOut(**json.loads(line)))
+    return rows
 
 
 def tokenise(rows: Sequence[HeldOut], contract: Prompt, tokenizer: Tokenizer) -> Tokens:

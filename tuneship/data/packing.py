@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from tuneship.damage import guarded
 from tuneship.recipe import Train
 
 # Rows among which packing looks for a fit: large enough for full packs, small against an epoch.
@@ -70,8 +71,13 @@ class Tokens:
 
     @staticmethod
     def load(file: Path) -> Tokens:
-        """Reads what `save` wrote."""
-        return Tokens(**load_file(file))
+        """Reads what `save` wrote.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        with guarded(file):
+            return Tokens(**load_file(file))
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,12 @@ _LIMITS = {
 class SqlError(TuneshipError):
     """A query did not return rows."""
 
-    def __init__(self, kind: Literal["error", "timeout", "refused"], message: str) -> None:
+    def __init__(self, kind: Literal["error", "timeout", "refused"], message: str, sql: str = "") -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.sql = kind, sql
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (SqlError, (self.kind, self.what))
+        return (SqlError, (self.kind, self.what, self.sql))
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,13 @@ def run(db: sqlite3.Connection, sql: str, *, timeout_s: float = 1.0, max_rows: i
     Raises:
         SqlError: `error` (SQLite's message), `timeout`, or `refused` (it is more than one SELECT, or too large).
     """
+    try:
+        return _run(db, sql, timeout_s, max_rows)
+    except SqlError as error:
+        raise SqlError(error.kind, error.what, sql) from None
+
+
+def _run(db: sqlite3.Connection, sql: str, timeout_s: float, max_rows: int) -> Result:
     deadline = time.monotonic() + timeout_s
     db.set_authorizer(_authorise)
     db.set_progress_handler(lambda: time.monotonic() > deadline, STEPS)

@@ -201,13 +201,17 @@ def _parse(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     return {key: value for key, value in tree.items() if value is not None}, dict(_lines(node, ""))
 
 
+# JSON is what a run keeps its recipe in.
+_RESTORE = "mend it; a run starts anew from its recipe's file with --fresh"
+
+
 def _parse_json(text: str, where: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         tree = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not a JSON recipe: {_problem(error)}", where=where) from None
+        raise InputError(f"not a JSON recipe: {_problem(error)}", where=where, fix=_RESTORE) from None
     if not isinstance(tree, dict):
-        raise InputError("a recipe is an object with the sections model and data", where=where)
+        raise InputError("a recipe is an object with the sections model and data", where=where, fix=_RESTORE)
     return tree, {}
 
 

@@ -21,6 +21,7 @@ HubName = Annotated[
 ]
 # What may be a path. No shell has put the home folder for ~ in a recipe, nor in --set.
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
+Column = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -51,11 +52,11 @@ class Model(_Section):
 class Columns(_Section):
     """Which column of the data holds which field of the template."""
 
-    question: str = "question"
+    question: Column = "question"
     """Column of the question."""
-    context: str = "context"
+    context: Column = "context"
     """Column of the context: for text-to-SQL, the CREATE TABLE statements."""
-    answer: str = "answer"
+    answer: Column = "answer"
     """Column of the answer, which the model learns to write."""
 
 
@@ -74,7 +75,7 @@ class Data(_Section):
     """At most so many training rows (after the split)."""
     columns: Columns = Columns()
     """Which column holds which field."""
-    split_by: str | None = None
+    split_by: Column | None = None
     """Column whose values stay together in one split; without it, question and context are hashed."""
     validation_fraction: Fraction = 0.02
     """Share of the hash range kept for choosing settings."""

@@ -17,8 +17,9 @@ from typing import Any
 
 from tuneship import base, prompt
 from tuneship.base import BaseFiles
+from tuneship.damage import guarded, read_json, remake
 from tuneship.errors import InputError
-from tuneship.journal import PROVENANCE, is_run, read_json, read_run
+from tuneship.journal import PROVENANCE, is_run, read_run
 from tuneship.prompt import Prompt
 from tuneship.recipe import Model, Serve
 
@@ -47,10 +48,11 @@ class Tokens:
             ) from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config: dict[str, Any] = read_json(folder / "tokenizer_config.json")
-        end = config.get("eos_token")
-        text = end.get("content") if isinstance(end, dict) else end
-        self.eos_token_id: int | None = self._tokenizer.token_to_id(text) if text else None
+        beside = folder / "tokenizer_config.json"
+        with guarded(beside):
+            end = read_json(beside).get("eos_token")
+            text = end.get("content") if isinstance(end, dict) else end
+            self.eos_token_id: int | None = self._tokenizer.token_to_id(text) if text else None
 
     def __call__(self, text: list[str], **kwargs: Any) -> Any:
         """See `prompt.Tokenizer`."""
@@ -129,29 +131,36 @@ def find(path: Path, *, weights: bool = True) -> Adapter:
     if not folder.is_dir():
         raise InputError("no such folder", where=str(path), fix="name a run (runs/tiny), an adapter or a merged model")
     facts = _facts(folder)
-    recipe = facts.get("recipe", {})
-    name = recipe.get("name") or folder.resolve().name
+    with guarded(folder / PROVENANCE):
+        recipe = facts.get("recipe", {})
+        name = str(recipe.get("name") or folder.resolve().name)
     if (folder / _CONFIG).is_file():
         if not (folder / _WEIGHTS).is_file():
             raise InputError(
                 "the adapter has no weights", where=str(folder / _WEIGHTS), fix="restore the adapter's folder"
             )
-        named = read_json(folder / _CONFIG).get("base_model_name_or_path")
+        base.check_weights(folder, fix=remake(folder / _WEIGHTS))
+        with guarded(folder / _CONFIG):
+            named = read_json(folder / _CONFIG).get("base_model_name_or_path")
         if not recipe or not facts.get("base"):
             raise InputError(
                 "the adapter does not say which base it was trained on",
                 where=str(folder / PROVENANCE),
                 fix="serve an adapter folder made by tuneship train",
             )
-        if named != facts["base"]["name"]:
+        with guarded(folder / PROVENANCE):
+            trained_on, fingerprint = facts["base"]["name"], str(facts["base"]["fingerprint"])
+            model = Model.model_validate(recipe["model"])
+        if named != trained_on:
             raise InputError(
-                f"the adapter's files name two bases, {named} and {facts['base']['name']}",
+                f"the adapter's files name two bases, {named} and {trained_on}",
                 where=f"{folder / _CONFIG} and {PROVENANCE}",
                 fix="restore the adapter's folder as it was published",
             )
-        model = Model.model_validate(recipe["model"])
-        return Adapter(name, folder, False, model, facts["base"]["fingerprint"], settings)
+        return Adapter(name, folder, False, model, fingerprint, settings)
     if (folder / "config.json").is_file() and (any(folder.glob("*.safetensors")) or not weights):
+        if weights:
+            base.check_weights(folder, fix=remake(folder / PROVENANCE))
         return Adapter(name, folder, True, None, None, settings)
     raise InputError(
         "no adapter and no model here", where=str(path), fix="name a run (runs/tiny), an adapter or a merged model"

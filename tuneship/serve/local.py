@@ -53,7 +53,7 @@ class LocalEngine:
 
     def __init__(self, adapters: Sequence[Adapter], files: BaseFiles, *, slots: int, length: int) -> None:
         self._adapters, self._files, self._slots = adapters, files, slots
-        self._length = min(length, int(files.config["max_position_embeddings"]))
+        self._length = min(length, files.length)
         self._inbox: queue.SimpleQueue[_Stream | None] = queue.SimpleQueue()
         self._cancelled: queue.SimpleQueue[_Stream] = queue.SimpleQueue()
         self._streams: dict[Request, tuple[_Stream, int]] = {}

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError
-from tuneship.journal import read_json
 from tuneship.model import CONFIG, WEIGHTS, LoadedModel
 
 _PREFIX = "base_model.model."
@@ -42,14 +42,15 @@ class Adapters:
         Raises:
             InputError: it is one of another base, or of a kind that is not served here.
         """
-        config: dict[str, Any] = read_json(folder / CONFIG)
+        with guarded(folder / CONFIG):
+            config: dict[str, Any] = read_json(folder / CONFIG)
+            scale = config["lora_alpha"] / config["r"]
         if odd := [key for key in _REFUSED if config.get(key)]:
             raise InputError(
                 f"an adapter with {odd[0]} is not served by the local engine",
                 where=str(folder / CONFIG),
                 fix="serve it with --engine vllm, or merge it with tuneship export",
             )
-        scale = config["lora_alpha"] / config["r"]
         tensors = load_file(folder / WEIGHTS)
         layers = {key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors}
         pairs: dict[str, tuple[Tensor, Tensor]] = {}

@@ -27,8 +27,8 @@ from typing import Any
 
 from tuneship.base import BaseFiles
 from tuneship.console import say
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError, OutsideError
-from tuneship.journal import read_json
 from tuneship.recipe import Serve
 from tuneship.serve.adapter import Adapter
 from tuneship.serve.upstream import Upstream
@@ -112,7 +112,7 @@ class Vllm(Upstream):
 def command(found: Sequence[Adapter], files: BaseFiles, settings: Serve) -> list[str]:
     """What vLLM is started with, but for its port."""
     first = found[0]
-    length = min(settings.max_model_len, int(files.config["max_position_embeddings"]))
+    length = min(settings.max_model_len, files.length)
     dtype = "float32" if first.base is not None and first.base.precision == "float32" else "bfloat16"
     name = first.name if first.merged else "base"
     arguments: list[Any] = [files.folder, "--served-model-name", name, "--host", "127.0.0.1", "--dtype", dtype]
@@ -126,14 +126,15 @@ def command(found: Sequence[Adapter], files: BaseFiles, settings: Serve) -> list
 def _rank(adapter: Adapter) -> int:
     """The least rank that vLLM can be told and that holds this adapter's."""
     file = adapter.folder / "adapter_config.json"
-    config: dict[str, Any] = read_json(file)
-    if config["r"] > _RANKS[-1]:
+    with guarded(file):
+        rank = int(read_json(file)["r"])
+    if rank > _RANKS[-1]:
         raise InputError(
-            f"vLLM serves adapters of rank {_RANKS[-1]} at most, and this one has {config['r']}",
+            f"vLLM serves adapters of rank {_RANKS[-1]} at most, and this one has {rank}",
             where=str(file),
             fix="tuneship export merges it into the base; serve that",
         )
-    return min(rank for rank in _RANKS if rank >= config["r"])
+    return min(known for known in _RANKS if known >= rank)
 
 
 def _free_port() -> int:
