@@ -139,6 +139,7 @@ def test_the_tutorials_config_is_read(cloud: Cloud) -> None:
     assert config["recipe"]["publish"]["hub_model_id"] == "Me/Finetunned-SQL"
     assert config["recipe"]["cluster"]["image"] == IMAGE
     assert "the flow's config is not JSON" in read("{").stderr
+    assert "InputError: the flow's config is no JSON object" in read("[]").stderr
 
 
 def test_spot_and_several_accelerators() -> None:
@@ -235,5 +236,9 @@ def test_what_makes_no_template(tmp_path: Path) -> None:
     assert caught.value.fix == "tuneship image"
     with pytest.raises(InputError, match="begins with a letter"):
         argo.with_image(recipes.load("tiny", overrides=["name=9b"]), config)
+    config.write_text("[]")
+    with pytest.raises(InputError, match="no JSON object") as caught:
+        argo.with_image(recipes.load("tiny"), config)
+    assert caught.value.where == str(config) and "image_name" in caught.value.fix
     config.write_text(json.dumps({"image_name": IMAGE}))
     assert argo.with_image(recipes.load("tiny"), config).cluster.image == IMAGE
