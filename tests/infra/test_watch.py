@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import fake_tools
 import pytest
+from zygote import until
 
 from tuneship.cluster.watch import watch
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
@@ -127,12 +131,13 @@ def test_a_cluster_that_is_silent_for_a_moment_is_looked_at_again(
     tools.answer("kubectl get workflow", out=workflow("Running", node("prepare", "Pending")))
     for _ in range(3):
         tools.answer("kubectl get workflow", err=said, code=1)
+    tools.answer("kubectl get workflow", out=workflow("Running", node("prepare", "Pending")))
+    tools.answer("kubectl get workflow", err=said, code=1)
     tools.answer("kubectl get workflow", out=workflow("Succeeded", node("prepare", "Succeeded")))
     watch("tiny-abc", "argo", every_s=0.01)
     assert capsys.readouterr().err.splitlines()[1:] == [
         "prepare(0): pending",
-        "the cluster does not answer; looking again, for 60 s",
-        "the cluster answers again",
+        *["the cluster does not answer; looking again, for 60 s", "the cluster answers again"] * 2,
         "prepare(0): succeeded",
         "tiny-abc: succeeded",
     ]
@@ -188,3 +193,52 @@ def test_a_broken_connection_loses_and_repeats_no_line(
     said = [line for line in capsys.readouterr().err.splitlines()[1:] if line != "train(0): running"]
     lines = [f"train(0) | {line}" for line in ("one", "two", "three")]
     assert said == [*lines, "train(0): succeeded", "tiny-abc: succeeded"]
+
+
+def test_a_log_is_followed_again_while_the_pod_runs(tools: fake_tools.Tools) -> None:
+    for _ in range(10):
+        tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl get workflow", out=workflow("Succeeded", node("train", "Succeeded")))
+    tools.answer("kubectl logs", err="error: container is waiting to start: ContainerCreating\n", code=1)
+    watch("tiny-abc", "argo", every_s=0.01)
+    assert sum(call.endswith("--follow") for call in tools.calls) > 1
+
+
+def test_pods_are_said_as_they_began_and_the_last_one_that_failed_is_blamed(
+    tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = {**node("dag", "Running"), "type": "DAG"}
+    waits = node("prepare", "Pending", "Unschedulable: 0/3 nodes are available: 3 Insufficient cpu.")
+    tools.answer("kubectl get workflow", out=workflow("Running", whole, waits))
+    failed = node("evaluate", "Failed", code="4", attempt=1), node("prepare", "Failed", code="3")
+    tools.answer("kubectl get workflow", out=workflow("Failed", whole, *failed))
+    with pytest.raises(GateError, match="the step evaluate failed"):
+        watch("tiny-abc", "argo", every_s=0.01)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "prepare(0): waits for a node (Unschedulable: 0/3 nodes are available: 3 Insufficient cpu.)",
+        "prepare(0): failed",
+        "evaluate(1): failed",
+    ]
+
+
+def test_a_run_that_fails_without_a_pod(tools: fake_tools.Tools) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Error"))
+    with pytest.raises(TuneshipError, match="the run failed: child failed"):
+        watch("tiny-abc", "argo")
+
+
+def test_ctrl_c_ends_the_looking_alone(tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl logs", stay=True)
+
+    def interrupt() -> None:
+        try:
+            until(lambda: any("logs" in call for call in tools.calls), deadline_s=20)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    person = threading.Thread(target=interrupt)
+    person.start()
+    watch("tiny-abc", "argo", every_s=0.01)
+    person.join()
+    assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
