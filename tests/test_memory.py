@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,11 +258,62 @@ def test_plan_counts_the_disk_of_a_pod(planned: Callable[..., Finished]) -> None
     assert re.search(r"set cluster.disk_mb: 6\d{4}$", merged.err, re.M)
 
 
+def test_plan_counts_the_memory_of_a_pod(planned: Callable[..., Finished], tmp_path: Path) -> None:
+    pod = {"accelerator": "nvidia-h100-80gb", "image": "tuneship:1", "disk_mb": 80_000, "memory_mb": 32_768}
+    merged = {"folder": "out", "merged": True}
+    adapter = planned("--json", cluster=pod)
+    assert adapter.code == 0, adapter.err
+    assert json.loads(adapter.out)["memory_bytes"] == pytest.approx(2 * parameters(NINE_B) + 4 * GB)
+    one_file = planned(cluster=pod, publish=merged)
+    assert one_file.code == 2
+    assert "the training pod's memory is too small: 42 GB are needed" in one_file.err
+    assert re.search(r"set cluster.memory_mb: 41\d{3}$", one_file.err, re.M)
+    files = {f"weight{n}": f"model-{n}-of-8.safetensors" for n in range(8)}
+    (tmp_path / "nine-b" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    eight = planned(cluster=pod, publish=merged)
+    assert eight.code == 0 and "a pod's memory: 28 GB of the 33 it asks for" in eight.out
+
+
+def test_what_is_loaded_in_its_own_type_stays_in_its_file() -> None:
+    def bytes_of(config: dict[str, Any], *overrides: str) -> int:
+        recipe = recipes.load("gemma2-9b-h100", overrides=overrides)
+        needed: int = memory.plan(recipe, config, card=200 * GB)["memory_bytes"]
+        return needed
+
+    half = {**NINE_B, "dtype": "bfloat16"}
+    assert bytes_of(half) == 4 * GB
+    assert bytes_of(half, "model.precision=float32") == 4 * GB + 4 * parameters(NINE_B)
+    assert bytes_of(half, "train.num_processes=2") == 12 * GB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' own count of a process's memory")
+@pytest.mark.parametrize(("stored", "held"), [("float32", 2), ("bfloat16", 0)])
+def test_loading_holds_what_is_counted(tmp_path: Path, stored: str, held: int) -> None:
+    shape = {"vocab_size": 20000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2}
+    made = AutoModelForCausalLM.from_config(Gemma2Config(**NINE_B | shape), dtype=getattr(torch, stored))
+    made.save_pretrained(tmp_path)
+    program = """
+import re, sys
+from pathlib import Path
+from tuneship import model as models
+from tuneship.base import BaseFiles
+models.load_tokenizer = lambda files: None
+def own() -> int:
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = own()
+model = models.load(BaseFiles("base", Path(sys.argv[1]), "local"), "bfloat16")
+print(own() - before)
+"""
+    grown = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert int(grown.stdout) == pytest.approx(held * made.num_parameters(), abs=0.3 * made.num_parameters())
+
+
 @pytest.mark.parametrize("name", ["gemma2-9b-a100", "gemma2-9b-h100", "gemma2-9b-l4"])
 def test_the_shipped_recipes_fit_their_cards_and_pods(name: str) -> None:
     recipe = recipes.load(name, overrides=["cluster.image=tuneship:1"])
     planned = memory.plan(recipe, NINE_B, card=memory.CARDS[recipe.cluster.accelerator])
     assert planned["disk_bytes"] <= recipe.cluster.disk_mb * 10**6
+    assert planned["memory_bytes"] <= recipe.cluster.memory_mb * 10**6
 
 
 def test_plan_is_for_gemma_2(planned: Callable[..., Finished], tmp_path: Path) -> None:

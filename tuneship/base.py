@@ -87,6 +87,13 @@ class BaseFiles:
         """The safetensors files, by name."""
         return sorted(self.folder.glob("*.safetensors"))
 
+    def shards(self) -> int:
+        """How many such files there are, here or not yet."""
+        index = self.folder / "model.safetensors.index.json"
+        if not index.exists():
+            return 1
+        return len(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+
     def fingerprint(self) -> str:
         """A sha256 that tells two bases apart in less than a second, whatever their size.
 

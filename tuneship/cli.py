@@ -152,13 +152,14 @@ def plan(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what training will take of a card's memory and a pod's disk, without reading weights."""
+    """Say what training will take of a card's memory, and of a pod's disk and memory, without reading weights."""
     from tuneship import base, memory
 
     recipe = _recipe(target, overrides)
     accelerator = recipe.cluster.accelerator
     card = memory.card(accelerator, card_gb)
-    result = memory.plan(recipe, base.resolve(recipe.model, weights=False).config, card=card)
+    files = base.resolve(recipe.model, weights=False)
+    result = memory.plan(recipe, files.config, card=card, shards=files.shards())
     if as_json:
         print(json.dumps(result))
         return
@@ -167,7 +168,8 @@ def plan(
     name = accelerator if card_gb is None else "the card"
     print(f"of {card / 1e9:.0f} GB on {name}, in {result['precision']}")
     print(f"a pass holds {result['tokens_per_pass']:,} tokens; a layer keeps {result['keep']}")
-    print(f"a pod's disk: {result['disk_bytes'] / 1e9:.0f} GB of the {recipe.cluster.disk_mb / 1e3:.0f} it asks for")
+    for part, asked in (("disk", recipe.cluster.disk_mb), ("memory", recipe.cluster.memory_mb)):
+        print(f"a pod's {part}: {result[f'{part}_bytes'] / 1e9:.0f} GB of the {asked / 1e3:.0f} it asks for")
     _next(f"tuneship run {target}")
 
 

@@ -64,12 +64,14 @@ def read_config(text: str) -> dict[str, Any]:
     """A flow config as {"recipe": a resolved recipe, "run": the run's folder}.
 
     Raises:
-        InputError: it is not JSON, or the recipe is wrong.
+        InputError: it is no JSON object, or the recipe is wrong.
     """
     try:
         config = json.loads(text)
     except ValueError as error:
         raise InputError(f"the flow's config is not JSON: {error}", where="--config") from None
+    if not isinstance(config, dict):
+        raise InputError("the flow's config is no JSON object", where="--config", fix='it is {"recipe": NAME, …}')
     image = config.get("image_name")
     named = config.get("recipe") or ("gemma2-9b-a100" if image else "tiny")
     if isinstance(named, dict):

@@ -40,6 +40,9 @@ _KEEPS: tuple[Keep, ...] = ("all", "most", "input")
 _MARGIN = 0.95
 # Of the pod's disk: rows, tokens, logs, compiled kernels.
 _REST_BYTES = 4 * 10**9
+# Of the pod's memory, a process beside weights: Python, torch, CUDA, rows and tokens. Taken, as what the pod that
+# prepares the rows gets; without CUDA it is 0.3 GB.
+_PROCESS_BYTES = 4 * 10**9
 
 
 # More than any card will have.
@@ -199,15 +202,16 @@ def _remedy(needs: Needs, longest: int, room: int) -> str:
     return f"take a card of {min(needs.memory(longest, 'input').total, nf4) / _MARGIN / 1e9:.0f} GB or more"
 
 
-def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]:
+def plan(recipe: Recipe, config: dict[str, Any], *, card: int, shards: int = 1) -> dict[str, Any]:
     """What training will take of a card: plain values, bytes and tokens.
 
     Args:
         card: its memory, in bytes.
+        shards: files that the base's weights are split into.
 
     Raises:
-        InputError: the base is no Gemma 2, whose need is not known beforehand; or the card, or the disk of a
-            pod, is too small.
+        InputError: the base is no Gemma 2, whose need is not known beforehand; or the card, or the disk or
+            the memory of a pod, is too small.
     """
     if config["model_type"] != "gemma2":
         raise InputError(
@@ -217,13 +221,15 @@ def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]
         )
     precision = "bfloat16" if recipe.model.precision == "auto" else recipe.model.precision
     needs = Needs.of(config, recipe.lora, precision)
-    disk = _disk(recipe, config, needs)
-    if recipe.cluster.image is not None and disk > recipe.cluster.disk_mb * 10**6:
-        raise InputError(
-            f"the training pod's disk is too small: {disk / 1e9:.0f} GB are needed",
-            where=f"cluster.disk_mb: {recipe.cluster.disk_mb}",
-            fix=f"set cluster.disk_mb: {-(-disk // 10**6)}",
-        )
+    pod = {"disk": _disk(recipe, config, needs), "memory": _host(recipe, config, needs, shards)}
+    for part, needed in pod.items():
+        there = getattr(recipe.cluster, f"{part}_mb")
+        if recipe.cluster.image is not None and needed > there * 10**6:
+            raise InputError(
+                f"the training pod's {part} is too small: {needed / 1e9:.0f} GB are needed",
+                where=f"cluster.{part}_mb: {there}",
+                fix=f"set cluster.{part}_mb: {-(-needed // 10**6)}",
+            )
     train = recipe.train
     rows = train.tokens_per_batch
     if not train.packing:
@@ -240,15 +246,46 @@ def plan(recipe: Recipe, config: dict[str, Any], *, card: int) -> dict[str, Any]
         "kept_bytes": chosen.memory.kept,
         "working_bytes": chosen.memory.working,
         "peak_bytes": chosen.memory.total,
-        "disk_bytes": disk,
+        "disk_bytes": pod["disk"],
+        "memory_bytes": pod["memory"],
     }
 
 
 def _disk(recipe: Recipe, config: dict[str, Any], needs: Needs) -> int:
     """What the training pod writes, in bytes: the base as the Hub has it, checkpoints, a merged model if asked for."""
-    weights = Needs(**{**vars(needs), "precision": "float32"}).weights // 4
-    stored = 4 if config.get("dtype", config.get("torch_dtype", "float32")) == "float32" else 2
+    weights, stored = _stored(config, needs)
     # A checkpoint holds the adapter and two moments, in float32; a new one is written before the oldest goes.
     checkpoints = (recipe.train.save_total_limit + 1) * 12 * needs.adapter_weights
     merged = 2 * weights if recipe.publish.merged else 0
     return stored * weights + merged + checkpoints + _REST_BYTES
+
+
+def _host(recipe: Recipe, config: dict[str, Any], needs: Needs, shards: int) -> int:
+    """What the training pod holds in its own memory, in bytes, at most.
+
+    Training reads each weight from its mapped file straight to the card (`trainable.load_by_hand`); what is
+    mapped is the page cache's, and can be let go. Evaluating loads through transformers (`model.load`): the whole
+    base in its type, on the CPU first, unless the files have that type, which are mapped. Merging holds a shard in
+    bfloat16 and a target in float32, three times (`export.merge`); its proof loads the merged model. One process
+    does one after the other, and glibc gives nothing back (`cpu.keep_memory`), so that they add up: measured on a
+    CPU, with 0.6 billion weights in float32, in one file and in six.
+    """
+    weights, stored = _stored(config, needs)
+    element = 4 if recipe.model.precision == "float32" else 2
+    held = element * weights if element != stored else 0
+    if recipe.publish.merged:
+        target = needs.shape.feed_forward * needs.shape.width
+        # A file ends where the next tensor would pass the limit: all but the last lack less than a tensor of it.
+        shard = 2 * weights
+        if shards > 1:
+            shard = min(shard, shard // (shards - 1) + 2 * needs.vocabulary * needs.shape.width)
+        held += shard + 3 * 4 * target + (element * weights if element != 2 else 0)
+    processes = recipe.train.num_processes
+    training = _PROCESS_BYTES * (processes + 1 if processes > 1 else 1)
+    return max(training, _PROCESS_BYTES + held)
+
+
+def _stored(config: dict[str, Any], needs: Needs) -> tuple[int, int]:
+    """How many weights the base has, and the bytes of one as the Hub has it."""
+    weights = Needs(**{**vars(needs), "precision": "float32"}).weights // 4
+    return weights, 4 if config.get("dtype", config.get("torch_dtype", "float32")) == "float32" else 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import threading
 from pathlib import Path
 
@@ -10,9 +12,9 @@ import fake_tools
 import pytest
 from zygote import until
 
+from tuneship.cluster import connect, outputs
 from tuneship.cluster import image as images
-from tuneship.cluster import outputs
-from tuneship.cluster.connect import Forward, forwards, keep_alive, profile, write_profile
+from tuneship.cluster.connect import Forward, forwards, keep_alive, profile, profile_file, write_profile
 from tuneship.errors import InputError, OutsideError
 
 BUILT = outputs.read(Path(__file__).parents[2] / "infra" / "example-outputs.json")
@@ -28,6 +30,15 @@ def test_the_profile_is_the_tutorials() -> None:
     names += " KUBERNETES_NAMESPACE KUBERNETES_SERVICE_ACCOUNT KUBERNETES_DISK"
     assert list(profile(BUILT)) == [f"METAFLOW_{name}" for name in names.split()]
     assert profile(BUILT)["METAFLOW_SERVICE_INTERNAL_URL"] == "http://metaflow-metadata-svc.metaflow:8080/"
+
+
+def test_the_profile_lies_where_metaflow_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAFLOW_HOME", str(tmp_path))
+    assert profile_file(None) == tmp_path / "config.json"
+    assert profile_file("gke") == tmp_path / "config_gke.json"
+    monkeypatch.delenv("METAFLOW_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert profile_file(None) == tmp_path / ".metaflowconfig" / "config.json"
 
 
 def test_another_profile_is_never_written_over_without_asking(tmp_path: Path) -> None:
@@ -48,8 +59,9 @@ def test_another_profile_is_never_written_over_without_asking(tmp_path: Path) ->
 def test_port_forwards_that_die_are_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(connect, "LONGEST_PAUSE_S", 0.03)
     tools = fake_tools.install(tmp_path, monkeypatch, "kubectl")
-    for _ in range(3):
+    for _ in range(4):
         tools.answer("svc/argo-server", err="error: lost connection to pod\n", code=1)
     tools.answer("svc/argo-server", stay=True)
     tools.answer("svc/metaflow-ui-svc", stay=True)
@@ -58,7 +70,7 @@ def test_port_forwards_that_die_are_started_again(
     def end_it() -> None:
         try:
             until(
-                lambda: sum("argo-server" in call for call in tools.calls) == 4 and len(tools.calls) == 5, deadline_s=20
+                lambda: sum("argo-server" in call for call in tools.calls) == 5 and len(tools.calls) == 6, deadline_s=20
             )
         finally:
             stop.set()
@@ -67,11 +79,25 @@ def test_port_forwards_that_die_are_started_again(
     watcher.start()
     keep_alive([Forward("argo", "argo-server", 2746), Forward("metaflow", "metaflow-ui-svc", 8083)], stop, pause_s=0.01)
     watcher.join()
-    assert tools.calls.count("kubectl --namespace argo port-forward svc/argo-server 2746:2746") == 4
+    assert tools.calls.count("kubectl --namespace argo port-forward svc/argo-server 2746:2746") == 5
     assert tools.calls.count("kubectl --namespace metaflow port-forward svc/metaflow-ui-svc 8083:8083") == 1
     said = capsys.readouterr().err
     assert "argo-server: error: lost connection to pod; again\n" in said
-    assert "again in 0.01 s" in said and "again in 0.02 s" in said
+    # Twice as long each time, up to the longest.
+    assert re.findall(r"again in (\S+) s", said) == ["0.01", "0.02", "0.03"]
+
+
+def test_without_kubectl_nothing_is_kept_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tools.install(tmp_path, monkeypatch)
+    with pytest.raises(OutsideError, match="kubectl is not installed"):
+        keep_alive(forwards(BUILT), threading.Event())
+
+
+def test_the_ports_are_those_that_connect_names() -> None:
+    assert connect.__doc__ is not None
+    named = [int(port) for port in re.findall(r"localhost:(\d+)", connect.__doc__)]
+    assert [forward.port for forward in forwards(BUILT)] == named
+    assert profile(BUILT)["METAFLOW_SERVICE_URL"] == f"http://localhost:{named[0]}"
 
 
 def test_a_taken_port_ends_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +128,8 @@ def test_an_image_is_built_once_and_recorded_by_digest(tmp_path: Path, monkeypat
     assert json.loads(config.read_text()) == {"new_model": "mine", "image_name": pinned}
     builds = [call for call in tools.calls if "builds submit" in call]
     assert len(builds) == 1 and f"_TAG={tag}" in builds[0] and BUILT.build_service_account_email in builds[0]
+    assert f"--project {BUILT.project_id} --region {BUILT.region}" in builds[0]
+    assert "image/.gcloudignore" in builds[0] and "--include-tags" in tools.calls[0]
 
     assert images.image(BUILT, config) == pinned
     assert sum("builds submit" in call for call in tools.calls) == 1, "what is there is not built again"
@@ -116,6 +144,39 @@ def test_a_build_that_fails_records_nothing(tmp_path: Path, monkeypatch: pytest.
         images.image(BUILT, tmp_path / "config.json")
     assert caught.value.fix == "gcloud auth login"
     assert not (tmp_path / "config.json").exists()
+
+
+def test_an_image_of_another_tag_is_not_this_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = fake_tools.install(tmp_path, monkeypatch, "gcloud")
+    tools.answer("images list", out=images_of("another"))
+    with pytest.raises(OutsideError, match="the build ended, and its image is not there"):
+        images.image(BUILT, tmp_path / "config.json")
+    assert sum("builds submit" in call for call in tools.calls) == 1
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_dry_run_builds_and_records_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tools = fake_tools.install(tmp_path, monkeypatch, "gcloud")
+    assert images.image(BUILT, tmp_path / "config.json", dry_run=True).endswith("@sha256:DIGEST")
+    assert tools.calls == [] and not (tmp_path / "config.json").exists()
+
+
+def test_the_tag_is_the_commit_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "_ROOT", tmp_path)
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image" / "Dockerfile").write_text("FROM scratch\n")
+
+    def git(*arguments: str) -> str:
+        argv = ["git", "-c", "user.name=me", "-c", "user.email=me@example.org", *arguments]
+        return subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init")
+    git("add", "--all")
+    git("commit", "--message=One")
+    (tmp_path / "notes").write_text("no part of an image")
+    assert images.tag() == git("rev-parse", "HEAD")[:12]
+    (tmp_path / "image" / "Dockerfile").write_text("FROM another\n")
+    assert images.tag().startswith("code-")
 
 
 def test_the_context_of_an_installed_package_is_that_of_a_checkout(tmp_path: Path) -> None:

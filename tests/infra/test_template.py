@@ -139,6 +139,7 @@ def test_the_tutorials_config_is_read(cloud: Cloud) -> None:
     assert config["recipe"]["publish"]["hub_model_id"] == "Me/Finetunned-SQL"
     assert config["recipe"]["cluster"]["image"] == IMAGE
     assert "the flow's config is not JSON" in read("{").stderr
+    assert "InputError: the flow's config is no JSON object" in read("[]").stderr
 
 
 def test_spot_and_several_accelerators() -> None:
@@ -187,6 +188,7 @@ def test_submit_deploys_under_the_recipes_name_and_starts_it(
     cloud: Cloud, kubectl: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARY)
+    kubectl.answer("get secrets", out="secret/hf-token-of-another\n")
     name = argo.submit(sql(), environ=cloud.environment)
     assert name.startswith("gemma2-9b-a100-") and cloud.workflows()[-1]["metadata"]["name"] == name
     assert cloud.template("gemma2-9b-a100")["spec"]["securityContext"]["runAsNonRoot"]
@@ -203,6 +205,36 @@ def test_a_secret_that_is_there_is_left_alone(cloud: Cloud, kubectl: fake_tools.
     kubectl.answer("get secrets", out="secret/hf-token\n")
     argo.submit(sql(), environ=cloud.environment)
     assert len(kubectl.calls) == 1
+
+
+def test_only_the_hubs_secret_is_made_of_the_hubs_token(
+    cloud: Cloud, kubectl: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    other = recipes.load("gemma2-9b-a100", overrides=[f"cluster.image={IMAGE}", "cluster.secrets=[database]"])
+    with pytest.raises(OutsideError, match="the secret database is not in the cluster") as caught:
+        argo.submit(other, environ=cloud.environment)
+    assert "create secret generic database" in caught.value.fix and len(kubectl.calls) == 1
+
+
+def test_a_dry_run_reaches_for_nothing(cloud: Cloud, kubectl: fake_tools.Tools) -> None:
+    before = len(cloud.objects)
+    nowhere = cloud.environment | {"METAFLOW_SERVICE_URL": "http://127.0.0.1:9"}
+    assert argo.submit(sql(), dry_run=True, environ=nowhere) == "gemma2-9b-a100-XXXXX"
+    assert kubectl.calls == [] and len(cloud.objects) == before
+
+
+def test_another_users_template_is_not_replaced(cloud: Cloud, kubectl: fake_tools.Tools, tmp_path: Path) -> None:
+    kubectl.answer("get secrets", out="secret/hf-token\n")
+    argo.submit(sql(), environ=cloud.environment)
+    # Metaflow keeps the token of what one has deployed in one's own folder, where the profile is too.
+    settings = {key: value for key, value in cloud.environment.items() if key.startswith("METAFLOW_")}
+    (tmp_path / "config_gke.json").write_text(json.dumps(settings))
+    eve = {key: value for key, value in cloud.environment.items() if key not in settings}
+    eve |= {"METAFLOW_USER": "eve", "METAFLOW_HOME": str(tmp_path), "METAFLOW_PROFILE": "gke"}
+    with pytest.raises(OutsideError, match="another user has deployed a template of this name") as caught:
+        argo.submit(sql(), environ=eve)
+    assert "--set name=" in caught.value.fix
 
 
 def test_what_stops_a_submit(
@@ -235,5 +267,13 @@ def test_what_makes_no_template(tmp_path: Path) -> None:
     assert caught.value.fix == "tuneship image"
     with pytest.raises(InputError, match="begins with a letter"):
         argo.with_image(recipes.load("tiny", overrides=["name=9b"]), config)
+    with pytest.raises(InputError, match="at most 45 letters"):
+        argo.with_image(recipes.load("tiny", overrides=[f"name={'a' * 46}"]), config)
+    config.write_text("[]")
+    with pytest.raises(InputError, match="no JSON object") as caught:
+        argo.with_image(recipes.load("tiny"), config)
+    assert caught.value.where == str(config) and "image_name" in caught.value.fix
     config.write_text(json.dumps({"image_name": IMAGE}))
     assert argo.with_image(recipes.load("tiny"), config).cluster.image == IMAGE
+    own = recipes.load("tiny", overrides=["cluster.image=my:1"])
+    assert argo.with_image(own, config).cluster.image == "my:1", "the recipe's own goes first"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
 import fake_tools
 import pytest
+from zygote import until
 
 from tuneship.cluster.watch import watch
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
@@ -68,7 +72,7 @@ def test_steps_the_wait_for_a_gpu_and_the_loss_are_said_once(
     ]
     lines = [line for line in said if "|" in line]
     assert lines == ["train(0) | updates 10/20  loss 1.234", "train(0) | updates 20/20  loss 0.567"]
-    assert "kubectl --namespace argo logs --follow --container=main tiny-abc-train-10" in tools.calls
+    assert "kubectl --namespace argo logs --container=main tiny-abc-train-10 --follow" in tools.calls
 
 
 def test_a_token_in_a_log_is_not_shown(tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +113,132 @@ def test_a_run_that_is_not_there(tools: fake_tools.Tools) -> None:
     assert "get workflows" in caught.value.fix
 
 
-def test_no_cluster(tools: fake_tools.Tools) -> None:
-    said = "Unable to connect to the server: dial tcp: lookup gke-x.gke.goog: no such host\n"
+GONE = "Unable to connect to the server: dial tcp: lookup gke-x.gke.goog: no such host\n"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        GONE,
+        "Unable to connect to the server: net/http: TLS handshake timeout\n",
+        "The connection to the server 10.0.0.2 was refused - did you specify the right host or port?\n",
+        "Error from server (ServiceUnavailable): the server is currently unable to handle the request\n",
+    ],
+)
+def test_a_cluster_that_is_silent_for_a_moment_is_looked_at_again(
+    tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str], said: str
+) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Running", node("prepare", "Pending")))
+    for _ in range(3):
+        tools.answer("kubectl get workflow", err=said, code=1)
+    tools.answer("kubectl get workflow", out=workflow("Running", node("prepare", "Pending")))
     tools.answer("kubectl get workflow", err=said, code=1)
+    tools.answer("kubectl get workflow", out=workflow("Succeeded", node("prepare", "Succeeded")))
+    watch("tiny-abc", "argo", every_s=0.01)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "prepare(0): pending",
+        *["the cluster does not answer; looking again, for 60 s", "the cluster answers again"] * 2,
+        "prepare(0): succeeded",
+        "tiny-abc: succeeded",
+    ]
+
+
+def test_a_cluster_that_stays_silent(tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.answer("kubectl get workflow", err=GONE, code=1)
     with pytest.raises(OutsideError, match="kubectl reaches no cluster") as caught:
-        watch("tiny-abc", "argo")
+        watch("tiny-abc", "argo", every_s=0.01, patience_s=0)
     assert caught.value.fix == "tuneship connect"
+    assert len(tools.calls) == 2, "it was looked at again"
+    assert capsys.readouterr().err.count("the cluster does not answer") == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        'Error from server (Forbidden): workflows.argoproj.io "tiny-abc" is forbidden\n',
+        "error: You must be logged in to the server (Unauthorized)\n",
+        "error: current-context is not set\n",
+        "The connection to the server localhost:8080 was refused - did you specify the right host or port?\n",
+        "Unable to connect to the server: getting credentials: exec: executable gke-gcloud-auth-plugin not found\n",
+    ],
+)
+def test_what_will_not_pass_ends_it_at_once(tools: fake_tools.Tools, said: str) -> None:
+    tools.answer("kubectl get workflow", err=said, code=1)
+    with pytest.raises(OutsideError):
+        watch("tiny-abc", "argo")
+    assert len(tools.calls) == 1
+
+
+def test_a_pod_that_ends_between_two_looks_has_its_lines_shown(
+    tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Pending")))
+    tools.answer("kubectl get workflow", out=workflow("Failed", node("train", "Failed", code="2")))
+    tools.answer("kubectl logs", out="the row 7 has no answer\n")
+    with pytest.raises(InputError):
+        watch("tiny-abc", "argo", every_s=0.01)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1:] == ["train(0): pending", "train(0) | the row 7 has no answer", "train(0): failed"]
+    assert "kubectl --namespace argo logs --container=main tiny-abc-train-10" in tools.calls
+
+
+def test_a_broken_connection_loses_and_repeats_no_line(
+    tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl get workflow", out=workflow("Succeeded", node("train", "Succeeded")))
+    tools.answer("kubectl logs", out="one\ntwo\n", code=1)
+    tools.answer("kubectl logs", out="one\ntwo\nthree\n")
+    watch("tiny-abc", "argo", every_s=0.01)
+    said = [line for line in capsys.readouterr().err.splitlines()[1:] if line != "train(0): running"]
+    lines = [f"train(0) | {line}" for line in ("one", "two", "three")]
+    assert said == [*lines, "train(0): succeeded", "tiny-abc: succeeded"]
+
+
+def test_a_log_is_followed_again_while_the_pod_runs(tools: fake_tools.Tools) -> None:
+    for _ in range(10):
+        tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl get workflow", out=workflow("Succeeded", node("train", "Succeeded")))
+    tools.answer("kubectl logs", err="error: container is waiting to start: ContainerCreating\n", code=1)
+    watch("tiny-abc", "argo", every_s=0.01)
+    assert sum(call.endswith("--follow") for call in tools.calls) > 1
+
+
+def test_pods_are_said_as_they_began_and_the_last_one_that_failed_is_blamed(
+    tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = {**node("dag", "Running"), "type": "DAG"}
+    waits = node("prepare", "Pending", "Unschedulable: 0/3 nodes are available: 3 Insufficient cpu.")
+    tools.answer("kubectl get workflow", out=workflow("Running", whole, waits))
+    failed = node("evaluate", "Failed", code="4", attempt=1), node("prepare", "Failed", code="3")
+    tools.answer("kubectl get workflow", out=workflow("Failed", whole, *failed))
+    with pytest.raises(GateError, match="the step evaluate failed"):
+        watch("tiny-abc", "argo", every_s=0.01)
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "prepare(0): waits for a node (Unschedulable: 0/3 nodes are available: 3 Insufficient cpu.)",
+        "prepare(0): failed",
+        "evaluate(1): failed",
+    ]
+
+
+def test_a_run_that_fails_without_a_pod(tools: fake_tools.Tools) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Error"))
+    with pytest.raises(TuneshipError, match="the run failed: child failed"):
+        watch("tiny-abc", "argo")
+
+
+def test_ctrl_c_ends_the_looking_alone(tools: fake_tools.Tools, capsys: pytest.CaptureFixture[str]) -> None:
+    tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl logs", stay=True)
+
+    def interrupt() -> None:
+        try:
+            until(lambda: any("logs" in call for call in tools.calls), deadline_s=20)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    person = threading.Thread(target=interrupt)
+    person.start()
+    watch("tiny-abc", "argo", every_s=0.01)
+    person.join()
+    assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")

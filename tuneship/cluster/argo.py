@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneship.cluster.commands import change, metaflow_user, read
+from tuneship.cluster.image import recorded
 from tuneship.console import say
 from tuneship.credentials import hub_token
 from tuneship.damage import read_json
@@ -44,7 +45,7 @@ def with_image(recipe: Recipe, config: Path) -> Recipe:
     """The recipe with the image that `tuneship image` has recorded, unless it names one itself.
 
     Raises:
-        InputError: neither names an image, or the recipe's name is none for a template.
+        InputError: neither names an image, the config is no JSON object, or the recipe's name is none for a template.
     """
     if not _NAME.fullmatch(recipe.name):
         raise InputError(
@@ -54,7 +55,7 @@ def with_image(recipe: Recipe, config: Path) -> Recipe:
         )
     if recipe.cluster.image is not None:
         return recipe
-    record: dict[str, Any] = read_json(config) if config.exists() else {}
+    record = recorded(config)
     if not record.get("image_name"):
         raise InputError("there is no image for the pods", where=str(config), fix="tuneship image")
     tree = recipe.model_dump(mode="json")

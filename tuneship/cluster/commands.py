@@ -81,8 +81,20 @@ _SAID: tuple[tuple[str, str, str], ...] = (
     ),
 )
 
+# Of a cluster that is known and does not answer now; a moment later it may. No context is no such cluster.
+_NO_ANSWER = (
+    r"connection to the server (?!localhost:8080 )\S+ was refused|connection refused|connection reset by peer|"
+    r"TLS handshake timeout|i/o timeout|no such host|network is unreachable|no route to host|unexpected EOF|: EOF|"
+    r"connection lost|context deadline exceeded|Client\.Timeout exceeded|"
+    r"Error from server \((InternalError|ServiceUnavailable|ServerTimeout|Timeout|TooManyRequests)\)|etcdserver: "
+)
+
 # What Terraform says of variables: the user's input, and nothing was started.
 _INPUT = r"Invalid value for variable|Invalid value for input variable|No value for required variable"
+
+
+class NoAnswer(OutsideError):
+    """The cluster does not answer kubectl now."""
 
 
 def need(*tools: str) -> None:
@@ -169,13 +181,14 @@ def complain(argv: Sequence[str], said: str) -> NoReturn:
     where, plain = shlex.join(argv), re.sub(r"\x1b\[[0-9;]*m", "", said)
     if argv[0] == "terraform" and re.search(_INPUT, plain):
         raise InputError(_terraform_error(plain), where=where, fix="correct the variables file")
+    kind = NoAnswer if argv[0] == "kubectl" and re.search(_NO_ANSWER, plain) else OutsideError
     for pattern, what, fix in _SAID:
         if match := re.search(pattern, plain):
             known = _names(plain, argv) | {key: value for key, value in match.groupdict().items() if value}
-            raise OutsideError(what.format_map(known), where=where, fix=fix.format_map(known))
+            raise kind(what.format_map(known), where=where, fix=fix.format_map(known))
     lines = [line for line in plain.strip().splitlines() if line.strip(" ╷│╵")]
     last = _terraform_error(plain) if argv[0] == "terraform" else (lines or ["it says nothing"])[-1]
-    raise OutsideError(f"{argv[0]}: {last}", where=where, fix="run the command by hand to see all that it says")
+    raise kind(f"{argv[0]}: {last}", where=where, fix="run the command by hand to see all that it says")
 
 
 def _terraform_error(said: str) -> str:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tuneship
 from tuneship import recipe
@@ -37,7 +38,7 @@ def image(built: Outputs, config: Path, *, dry_run: bool = False) -> str:
     Raises:
         OutsideError: gcloud is missing, not logged in, or the build failed.
     """
-    record = _config(config)
+    record = recorded(config)
     named = f"{built.image_registry_url}/{NAME}:{tag()}"
     if not dry_run:
         need("gcloud")
@@ -56,6 +57,22 @@ def image(built: Outputs, config: Path, *, dry_run: bool = False) -> str:
     return pinned
 
 
+def recorded(config: Path) -> dict[str, Any]:
+    """The flow's config; empty where there is none yet.
+
+    Raises:
+        InputError: it is no JSON object.
+    """
+    record = read_json(config) if config.exists() else {}
+    if not isinstance(record, dict):
+        raise InputError(
+            "the flow's config is no JSON object",
+            where=str(config),
+            fix='it is {"image_name": IMAGE}; tuneship image writes it where there is none',
+        )
+    return record
+
+
 def tag() -> str:
     """The commit of a clean checkout; otherwise a digest of the code."""
 
@@ -72,15 +89,6 @@ def tag() -> str:
         if commit:
             return commit
     return f"code-{code_facts()['code_sha256'][:12]}"
-
-
-def _config(config: Path) -> dict[str, object]:
-    if not config.exists():
-        return {}
-    record = read_json(config)
-    if not isinstance(record, dict):
-        raise InputError("the flow's config is a JSON object", where=str(config))
-    return record
 
 
 def _digest(named: str, built: Outputs) -> str | None:

@@ -1,0 +1,61 @@
+"""terraform, gcloud and kubectl as they are called: what they are told, what is shown, what a complaint becomes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fake_tools
+import psutil
+import pytest
+
+from tuneship.cluster import commands
+from tuneship.errors import InputError, OutsideError
+
+
+def test_what_a_tool_is_told_and_what_is_shown_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools = fake_tools.install(tmp_path, monkeypatch, "kubectl")
+    tools.answer("kubectl create", out="secret/x created\n")
+    commands.change("kubectl", "create", "--filename=-", text="token: 1234", before="… a manifest | ")
+    assert tools.inputs == ["token: 1234"]
+    assert capsys.readouterr().err.splitlines() == ["$ … a manifest | kubectl create --filename=-", "secret/x created"]
+
+
+def test_a_tool_that_is_not_there_is_told_before_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tools.install(tmp_path, monkeypatch, "gcloud")
+    commands.need("gcloud")
+    with pytest.raises(OutsideError, match="gke-gcloud-auth-plugin is not installed") as caught:
+        commands.need("gcloud", "gke-gcloud-auth-plugin")
+    assert "components install" in caught.value.fix
+
+
+def test_metaflow_is_told_a_name_that_it_takes() -> None:
+    assert commands.metaflow_user({"METAFLOW_USER": "ada"}) == "ada"
+    name = psutil.Process().username()
+    assert commands.metaflow_user({}) == ("superuser" if name == "root" else name)
+
+
+REFUSED = "Unable to connect to the server: dial tcp 10.0.0.2:443: i/o timeout"
+COLOURED = "E1126 memcache\nerror: \x1b[31mno such x\x1b[0m\n\n"
+LOCKED = "Error acquiring the state lock\n  ID:  12-ab"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said", "kind", "what", "fix"),
+    [
+        ("kubectl get pods", REFUSED, commands.NoAnswer, "kubectl reaches no cluster", "tuneship connect"),
+        ("gcloud builds list", REFUSED, OutsideError, "kubectl reaches no cluster", "tuneship connect"),
+        ("kubectl get x", COLOURED, OutsideError, "kubectl: error: no such x", "by hand"),
+        ("kubectl get x", "", OutsideError, "kubectl: it says nothing", "by hand"),
+        ("kubectl apply", "Invalid value for variable", OutsideError, "kubectl: Invalid value for variable", "by hand"),
+        ("terraform plan", "Error: Invalid value for variable", InputError, "Invalid value", "variables file"),
+        ("terraform plan", "Error: Quota 'cpus-per-vm' exceeded.", OutsideError, "too small: cpus-per-vm", "=PROJECT,"),
+        ("terraform -chdir=here plan", LOCKED, OutsideError, "locked", "=here force-unlock 12-ab"),
+    ],
+)
+def test_a_complaint(argv: str, said: str, kind: type[Exception], what: str, fix: str) -> None:
+    with pytest.raises((InputError, OutsideError)) as caught:
+        commands.complain(argv.split(), said)
+    assert type(caught.value) is kind
+    assert what in caught.value.what and fix in caught.value.fix and caught.value.where == argv
