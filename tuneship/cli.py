@@ -165,8 +165,7 @@ def plan(
         return
     for name in ("weights", "adapter", "kept", "working", "peak"):
         print(f"{name:8} {result[f'{name}_bytes'] / 1e9:6.1f} GB")
-    name = accelerator if card_gb is None else "the card"
-    print(f"of {card / 1e9:.0f} GB on {name}, in {result['precision']}")
+    print(f"of {card / 1e9:.0f} GB on {accelerator if card_gb is None else 'the card'}, in {result['precision']}")
     print(f"a pass holds {result['tokens_per_pass']:,} tokens; a layer keeps {result['keep']}")
     for part, asked in (("disk", recipe.cluster.disk_mb), ("memory", recipe.cluster.memory_mb)):
         print(f"a pod's {part}: {result[f'{part}_bytes'] / 1e9:.0f} GB of the {asked / 1e3:.0f} it asks for")

@@ -75,6 +75,36 @@ def worth(model: LoadedModel, longest: int, todo: Plan) -> bool:
     return isinstance(model, HandModel) and model.device.type == "cuda" and longest <= MOST and len(todo) >= FEW_UPDATES
 
 
+@dataclass(frozen=True)
+class Launched:
+    """An update that the device may still be working on."""
+
+    step: int
+    rate: float
+    tokens: int
+    numbers: Tensor
+    """Loss, whether a process was told to stop, the gradient's norm; on the CPU once the device is so far."""
+    there: torch.cuda.Event | None
+
+    @classmethod
+    def now(cls, step: int, rate: float, tokens: int, numbers: Tensor) -> Launched:
+        """An update whose last operation was given to the device just now."""
+        if not numbers.is_cuda:
+            return cls(step, rate, tokens, numbers, None)
+        # The copy stands in the device's queue behind this update. Asked for later, it would stand behind the next.
+        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record()
+        return cls(step, rate, tokens, host, there)
+
+    def read(self) -> list[float]:
+        """Waits for the update, and for nothing launched since."""
+        if self.there is not None:
+            self.there.synchronize()
+        numbers: list[float] = self.numbers.tolist()
+        return numbers
+
+
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph

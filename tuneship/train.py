@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from tuneship import base, checkpoint, parallel, prompt, replay, storage, trainable
 from tuneship import model as models
@@ -139,7 +138,7 @@ def _train(run: Run, job: _Job, gang: Gang) -> Trained:
     alone = gang.count == 1
     # A GPU works on the next update while this process reads the last one's numbers.
     ahead = 1 if model.device.type == "cuda" else 0
-    launched: deque[_Launched] = deque()
+    launched: deque[replay.Launched] = deque()
     with stop_flag() as stop, run.log() as log, progress("updates", len(todo), every=train.logging_steps) as shown:
         shown.advance(done)
         told = began
@@ -164,7 +163,7 @@ def _train(run: Run, job: _Job, gang: Gang) -> Trained:
             backward.clear(optimizer)
 
             size = sum(len(packed.ids) for packed in packs)
-            launched.append(_Launched.now(step, rate, size, torch.cat([summed, norm.reshape(1)])))
+            launched.append(replay.Launched.now(step, rate, size, torch.cat([summed, norm.reshape(1)])))
             last, saves = step == len(todo), step % train.save_steps == 0
             measures = train.eval_steps is not None and (last or step % train.eval_steps == 0)
             stopping = stopping or (alone and bool(stop))
@@ -205,36 +204,6 @@ def _train(run: Run, job: _Job, gang: Gang) -> Trained:
     if not gang.first:
         return Trained(str(run.adapter), len(todo), loss, speed)
     return _finish(run, model, job.prepared, todo, loss, speed)
-
-
-@dataclass(frozen=True)
-class _Launched:
-    """An update that the device may still be working on."""
-
-    step: int
-    rate: float
-    tokens: int
-    numbers: Tensor
-    """Loss, whether a process was told to stop, the gradient's norm; on the CPU once the device is so far."""
-    there: torch.cuda.Event | None
-
-    @classmethod
-    def now(cls, step: int, rate: float, tokens: int, numbers: Tensor) -> _Launched:
-        """An update whose last operation was given to the device just now."""
-        if not numbers.is_cuda:
-            return cls(step, rate, tokens, numbers, None)
-        # The copy stands in the device's queue behind this update. Asked for later, it would stand behind the next.
-        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
-        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        there.record()
-        return cls(step, rate, tokens, host, there)
-
-    def read(self) -> list[float]:
-        """Waits for the update, and for nothing launched since."""
-        if self.there is not None:
-            self.there.synchronize()
-        numbers: list[float] = self.numbers.tolist()
-        return numbers
 
 
 def learning_rate(step: int, total: int, train: Train) -> float:
