@@ -295,9 +295,9 @@ def test_loading_holds_what_is_counted(tmp_path: Path, stored: str, held: int) -
     program = """
 import re, sys
 from pathlib import Path
-from tuneship import model as models
+from tuneship import base, model as models
 from tuneship.base import BaseFiles
-models.load_tokenizer = lambda files: None
+base.load_tokenizer = lambda files: None
 def own() -> int:
     return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = own()

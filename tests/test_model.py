@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from samples import make_gemma2
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tuneship import base
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
@@ -83,7 +84,7 @@ def test_a_tokenizer_that_cannot_end_an_answer_is_refused(tiny_base: Path, tmp_p
     del config["eos_token"]
     file.write_text(json.dumps(config))
     with pytest.raises(InputError, match="no end-of-sequence token"):
-        models.load_tokenizer(files(folder))
+        base.load_tokenizer(files(folder))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -179,6 +179,28 @@ def _check(files: BaseFiles, weights: bool) -> None:
         )
 
 
+def load_tokenizer(files: BaseFiles) -> Any:
+    """The base's tokenizer.
+
+    Raises:
+        InputError: it is damaged, or has no end-of-sequence token, so that no answer could end.
+    """
+    # transformers' own import is slow; `validate` needs none of it.
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(files.folder)
+    except Exception as error:  # whatever transformers and tokenizers stumble over
+        raise InputError(
+            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
+            where=str(files.folder / "tokenizer.json"),
+            fix=files.restored,
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError("the base's tokenizer has no end-of-sequence token", where=str(files.folder))
+    return tokenizer
+
+
 def check_weights(folder: Path, *, fix: str) -> None:
     """Refuses weights that nobody could load: the header is read, and the length held against it.
 

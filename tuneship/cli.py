@@ -364,12 +364,9 @@ def _opened(
 
 def _there(folder: Path) -> Path:
     """The folder, if it holds a run: a verb that needs one makes none."""
-    from tuneship import journal
+    from tuneship.journal import check_run
 
-    if not journal.is_run(folder):
-        raise InputError(
-            "no run here: recipe.json is missing", where=str(folder), fix="tuneship train RECIPE, or name its --run"
-        )
+    check_run(folder, fix="tuneship train RECIPE, or name its --run")
     return folder
 
 

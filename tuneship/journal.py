@@ -267,13 +267,17 @@ def read_run(path: Path, recipe: Recipe | None = None) -> Run:
     Raises:
         InputError: the folder holds no run, or belongs to another recipe.
     """
-    file = path / "recipe.json"
-    if not file.is_file():
-        raise InputError("no run here: recipe.json is missing", where=str(path), fix="name a run folder, as runs/tiny")
-    made = _recipe(file)
+    check_run(path)
+    made = _recipe(path / "recipe.json")
     if recipe is not None:
         _same_weights(made, recipe, path)
     return Run(path, recipe or made)
+
+
+def check_run(path: Path, *, fix: str = "name a run folder, as runs/tiny") -> None:
+    """Raises InputError where a folder holds no run."""
+    if not is_run(path):
+        raise InputError("no run here: recipe.json is missing", where=str(path), fix=fix)
 
 
 def is_run(path: Path) -> bool:

@@ -43,8 +43,6 @@ _REST_BYTES = 4 * 10**9
 # Of the pod's memory, a process beside weights: Python, torch, CUDA, rows and tokens. Taken, as what the pod that
 # prepares the rows gets; without CUDA it is 0.3 GB.
 _PROCESS_BYTES = 4 * 10**9
-
-
 # More than any card will have.
 _MOST_GB = 1e6
 

@@ -23,9 +23,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from tuneship import base
 from tuneship.base import BaseFiles
 from tuneship.damage import guarded
 from tuneship.errors import InputError
@@ -115,25 +116,6 @@ def check_architecture(files: BaseFiles) -> None:
         )
 
 
-def load_tokenizer(files: BaseFiles) -> Any:
-    """The base's tokenizer.
-
-    Raises:
-        InputError: it is damaged, or has no end-of-sequence token, so that no answer could end.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder)
-    except Exception as error:  # whatever transformers and tokenizers stumble over
-        raise InputError(
-            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
-            where=str(files.folder / "tokenizer.json"),
-            fix=files.restored,
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError("the tokenizer has no end-of-sequence token", where=str(files.folder))
-    return tokenizer
-
-
 def load(files: BaseFiles, precision: str = "auto", device: torch.device | None = None) -> LoadedModel:
     """Loads a base, frozen.
 
@@ -149,7 +131,7 @@ def load(files: BaseFiles, precision: str = "auto", device: torch.device | None 
     )
     causal.requires_grad_(False)
     causal.eval().to(device)
-    return LoadedModel(causal, load_tokenizer(files), files, device)
+    return LoadedModel(causal, base.load_tokenizer(files), files, device)
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

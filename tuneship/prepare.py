@@ -78,7 +78,7 @@ def prepare(run: Run, *, weights: bool = True) -> dict[str, Any]:
         files = base.resolve(recipe.model, weights=weights)
         spool.seek(0)
         with progress("rows tokenised", tally.splits["train"]) as shown:
-            lengths = _tokenise(recipe, folder, spool, _tokenizer(files), shown)
+            lengths = _tokenise(recipe, folder, spool, base.load_tokenizer(files), shown)
     prepared = {
         "source": source,
         **_counts(tally),
@@ -119,23 +119,6 @@ def summary(prepared: dict[str, Any]) -> list[str]:
             f"tokens: {prepared['tokens']}, {prepared['labels']} of them learned; longest row {prepared['longest']}"
         )
     return lines
-
-
-def _tokenizer(files: base.BaseFiles) -> Any:
-    # transformers' own import is slow; `validate` needs none of it.
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(files.folder)
-    except Exception as error:  # whatever transformers and tokenizers stumble over
-        raise InputError(
-            f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
-            where=str(files.folder / "tokenizer.json"),
-            fix=files.restored,
-        ) from error
-    if tokenizer.eos_token_id is None:
-        raise InputError("the base's tokenizer has no end-of-sequence token", where=str(files.folder))
-    return tokenizer
 
 
 def _source(data: Data) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tuneship import memory
+from tuneship import base, memory
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
@@ -113,7 +113,7 @@ def load_by_hand(
         layers = _read_layers(weights, files.config, shape, precision, lora)
         model = HandModel(
             causal,
-            models.load_tokenizer(files),
+            base.load_tokenizer(files),
             files,
             device,
             shape=shape,

@@ -162,11 +162,9 @@ class _Shown:
 
     def show(self, node: dict[str, Any]) -> None:
         """Says what is new of a pod; that it has ended, after all that it had to say."""
-        line = _line(node)
-        new = self._lines.get(node["id"]) != line
-        if new and node["phase"] in _ENDED and (tail := self._tail(node)):
-            tail.finish()
-        if new:
+        if self._lines.get(node["id"]) != (line := _line(node)):
+            if node["phase"] in _ENDED and (tail := self._tail(node)):
+                tail.finish()
             self._lines[node["id"]] = line
             say(line)
         if node["phase"] == "Running" and (tail := self._tail(node)):
