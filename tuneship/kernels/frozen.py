@@ -23,10 +23,10 @@ class Frozen(Protocol):
 
     fp8: bool
     """Whether rows are wanted quantised."""
-    whole: Tensor | None
-    """The weight with its adapters' matrices, where there is room for them."""
-    below: bool
-    """Whether A stands below the weight; if not, B stands beside it."""
+    beside: Tensor | None
+    """The weight with its adapters' B beside it, where there is room for them."""
+    below: Tensor | None
+    """The weight with their A below it, likewise."""
 
     def forward(self, rows: Rows) -> Tensor:
         """(tokens, outputs)"""
@@ -41,8 +41,8 @@ class Plain:
     """A weight in float32 or bfloat16."""
 
     fp8 = False
-    whole: Tensor | None = None
-    below = False
+    beside: Tensor | None = None
+    below: Tensor | None = None
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
@@ -68,14 +68,12 @@ class Joined(Plain):
 
     MOST = 128
     """Room for more ranks costs more arithmetic than it saves."""
-    whole: Tensor
 
     def __init__(self, weight: Tensor, room: int, *, below: bool) -> None:
         outputs, inputs = weight.shape
-        self.below = below
-        size = (outputs + room, inputs) if below else (outputs, inputs + room)
-        self.whole = weight.new_zeros(size)
-        super().__init__(self.whole[:outputs, :inputs])
+        whole = weight.new_zeros((outputs + room, inputs) if below else (outputs, inputs + room))
+        self.beside, self.below = (None, whole) if below else (whole, None)
+        super().__init__(whole[:outputs, :inputs])
         self.weight.copy_(weight)
 
 
@@ -83,8 +81,8 @@ class Fp8:
     """A weight in e4m3, quantised from (outputs, inputs) by `quantise` (rows in, values and scales out)."""
 
     fp8 = True
-    whole: Tensor | None = None
-    below = False
+    beside: Tensor | None = None
+    below: Tensor | None = None
 
     def __init__(self, weight: Tensor, quantise: Any) -> None:
         self.dtype = weight.dtype
@@ -117,8 +115,8 @@ class Nf4:
     """A weight in NF4 blocks of 64, by bitsandbytes."""
 
     fp8 = False
-    whole: Tensor | None = None
-    below = False
+    beside: Tensor | None = None
+    below: Tensor | None = None
 
     def __init__(self, weight: Tensor) -> None:
         from bitsandbytes import functional

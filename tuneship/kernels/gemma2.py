@@ -190,7 +190,8 @@ def _want(layer: Layer, low: Low, product: str, *, needed: bool = True, room: bo
     """The forms in which a product and its adapters read a matrix, its input or its output's gradient."""
     frozen, a = layer.products[product], low.side.a.get(product)
     fp8 = frozen.fp8 and needed
-    columns = len(a) if room and a is not None and frozen.whole is not None else 0
+    joined = frozen.beside is not None or frozen.below is not None
+    columns = len(a) if room and joined and a is not None else 0
     return Want(plain=not fp8 or a is not None, fp8=fp8, room=columns)
 
 

@@ -75,15 +75,16 @@ def sides(
         for product in dict.fromkeys(adapter.product for adapter in adapters):
             here = [index for index, adapter in enumerate(adapters) if adapter.product == product]
             ranks, inputs = [len(weights[2 * index]) for index in here], weights[2 * here[0]].shape[1]
-            whole, below = frozen[product].whole, frozen[product].below
-            a[product] = take((sum(ranks), inputs)) if whole is None or not below else whole[-sum(ranks) :]
+            beside, below = frozen[product].beside, frozen[product].below
+            a[product] = take((sum(ranks), inputs)) if below is None else below[-sum(ranks) :]
             a_copies += torch.split(a[product], ranks)
             column = inputs
             for index, rank in zip(here, ranks, strict=True):
-                if whole is None or below:
-                    b.append(take((adapters[index].end - adapters[index].start, rank)))
+                outputs = slice(adapters[index].start, adapters[index].end)
+                if beside is None:
+                    b.append(take((outputs.stop - outputs.start, rank)))
                 else:
-                    b.append(whole[adapters[index].start : adapters[index].end, column : column + rank])
+                    b.append(beside[outputs, column : column + rank])
                 column += rank
         made.append(Side(tuple(adapters), tuple(weights), a, tuple(b)))
     # Few launches for those that lie together; one each for those between a weight's rows.
@@ -141,18 +142,18 @@ class Low:
             return frozen.forward(rows)
         x, a = rows.plain, self.side.a[product]
         assert x is not None
-        if frozen.whole is not None and frozen.below and not masks:
-            y, self.inner[product] = torch.split(x @ frozen.whole.t(), [len(frozen.whole) - len(a), len(a)], -1)
+        if frozen.below is not None and not masks:
+            y, self.inner[product] = torch.split(x @ frozen.below.t(), [len(frozen.below) - len(a), len(a)], -1)
         elif masks:
             parts = [self._dropped(index, x, masks) @ part.t() for index, part in self._parts(product, a, 0)]
             self.inner[product] = torch.cat(parts, -1)
         else:
             self.inner[product] = x @ a.t()
-        if frozen.whole is not None and not frozen.below:
+        if frozen.beside is not None:
             assert rows.whole is not None
             rows.whole[:, x.shape[1] :].copy_(self.inner[product])
-            return rows.whole @ frozen.whole.t()
-        if frozen.whole is None or masks:
+            return rows.whole @ frozen.beside.t()
+        if frozen.below is None or masks:
             y = frozen.forward(rows)
         for index, inner in self._parts(product, self.inner[product], -1):
             self._outputs(index, y).addmm_(inner, self.side.b[index].t())
@@ -169,14 +170,14 @@ class Low:
             return frozen.backward(rows) if wanted else None
         dy, a = rows.plain, self.side.a[product]
         assert dy is not None
-        if frozen.whole is not None and not frozen.below:
+        if frozen.beside is not None:
             inputs = a.shape[1]
             if not wanted:
-                self.d_inner[product] = dy @ frozen.whole[:, inputs:]
+                self.d_inner[product] = dy @ frozen.beside[:, inputs:]
                 return None
-            dx, self.d_inner[product] = torch.split(dy @ frozen.whole, [inputs, len(a)], -1)
+            dx, self.d_inner[product] = torch.split(dy @ frozen.beside, [inputs, len(a)], -1)
         else:
-            joined = frozen.whole is not None and wanted and not masks
+            joined = frozen.below is not None and wanted and not masks
             both = rows.whole[:, dy.shape[1] :] if joined and rows.whole is not None else dy.new_empty(len(dy), len(a))
             self.d_inner[product] = both
             for index, part in self._parts(product, both, -1):
@@ -184,8 +185,8 @@ class Low:
             if not wanted:
                 return None
             if joined:
-                assert rows.whole is not None and frozen.whole is not None
-                return rows.whole @ frozen.whole
+                assert rows.whole is not None and frozen.below is not None
+                return rows.whole @ frozen.below
             dx = frozen.backward(rows)
         if masks:
             for (index, d_inner), (_, part) in zip(
