@@ -16,8 +16,8 @@ def answer_loss(model: LoadedModel, packed: Pack) -> Tensor:
     """Sum of the cross-entropies over the labels of a pack: a scalar, float32."""
     arrays = (packed.ids, packed.positions, packed.labelled, packed.labels)
     ids, positions, labelled, labels = (to_device(torch.from_numpy(array), model.device) for array in arrays)
-    states = model.states(ids, positions, Documents(packed.bounds))
-    return label_loss(states.index_select(0, labelled), model.head, labels, model.softcap)
+    states = model.states(ids, positions, Documents(packed.bounds), labelled)
+    return label_loss(states, model.head, labels, model.softcap)
 
 
 @torch.no_grad()

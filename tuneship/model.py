@@ -71,18 +71,19 @@ class LoadedModel:
         """Longest text that the model was made for, in tokens."""
         return int(self.causal.config.max_position_embeddings)
 
-    def states(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def states(self, ids: Tensor, positions: Tensor, layout: Layout, at: Tensor | None = None) -> Tensor:
         """The last hidden states of packed tokens.
 
         Args:
             ids, positions: (tokens,), int64.
+            at: (places,), int64, no place twice: those states only.
 
         Returns:
-            (tokens, width)
+            (tokens, width), or (places, width).
         """
         out = self.causal.model(input_ids=ids[None], position_ids=positions[None], use_cache=False, layout=layout)
         states: Tensor = out.last_hidden_state[0]
-        return states
+        return states if at is None else states.index_select(0, at)
 
     def logits(self, states: Tensor) -> Tensor:
         """(tokens, vocabulary), float32, of (tokens, width)."""

@@ -141,6 +141,7 @@ class Replay:
     def _capture(self, inputs: dict[str, Tensor]) -> _Captured:
         gradients = [parameter.grad for parameter in trainable(self.model).values()]
         before = [gradient.clone() for gradient in gradients if gradient is not None]
+        chance = torch.cuda.get_rng_state(self.model.device)
         # Once as it is: kernels are compiled and libraries make their plans, which a capture must not.
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
@@ -153,6 +154,8 @@ class Replay:
         for gradient, old in zip(gradients, before, strict=True):
             assert gradient is not None
             gradient.copy_(old)
+        # A pass that is captured drops out what it would have dropped when replayed: a resumed run captures anew.
+        torch.cuda.set_rng_state(chance, self.model.device)
         return _Captured(graph, inputs, loss)
 
 

@@ -156,18 +156,18 @@ class HandModel(LoadedModel):
             owner, _, leaf = name.rpartition(".")
             self.causal.get_submodule(owner).register_parameter(leaf, nn.Parameter(values.to(self.device)))
 
-    def states(self, ids: Tensor, positions: Tensor, layout: Layout) -> Tensor:
+    def states(self, ids: Tensor, positions: Tensor, layout: Layout, at: Tensor | None = None) -> Tensor:
         """See `LoadedModel.states`."""
         assert isinstance(layout, Documents)
-        return self.run(ids, gemma2.batch(positions, _bounds(layout, self.device), self.shape))
+        return self.run(ids, gemma2.batch(positions, _bounds(layout, self.device), self.shape), at)
 
-    def run(self, ids: Tensor, of: Batch) -> Tensor:
-        """The last hidden states, (tokens, width), of (tokens,) int64 ids whose places are known."""
+    def run(self, ids: Tensor, of: Batch, at: Tensor | None = None) -> Tensor:
+        """The last hidden states of (tokens,) int64 ids whose places are known: (tokens, width), or those `at`."""
         # The embedding's scale is rounded to the weights' type, as in the model that was trained.
         x = self.embedding[ids] * torch.tensor(self.shape.width**0.5, dtype=self.embedding.dtype)
         sides = low.sides(list(self._adapters()), [layer.products for layer in self.layers], x.dtype)
-        for layer, side in zip(self.layers, sides, strict=True):
-            x = gemma2.run_layer(x, layer, of, side, self.keep)
+        for index, (layer, side) in enumerate(zip(self.layers, sides, strict=True), 1):
+            x = gemma2.run_layer(x, layer, of, side, self.keep, at if index == len(self.layers) else None)
         return gemma2.run_norm(x, self.last_norm, self.shape.eps)
 
     def _adapters(self) -> Iterator[tuple[list[Adapter], list[Tensor]]]:

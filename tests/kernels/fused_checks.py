@@ -128,22 +128,36 @@ def test_norm(tokens: int, width: int, room: int, dtype: torch.dtype, want: Want
         same_rows(fused.norm_backward(*arguments), reference.norm_backward(*arguments), want, dtype)
 
 
+@wants
 @dtypes
-def test_add_norm(dtype: torch.dtype) -> None:
-    x, residual, weight = (
-        random(5, 70, dtype=dtype)[:, :65],
-        random(5, 65, dtype=dtype, seed=1),
-        random(65, dtype=dtype),
-    )
-    ours, theirs = fused.add_norm(residual, x, weight, EPS), reference.add_norm(residual, x, weight, EPS)
-    close(ours[0], theirs[0], SAME if dtype == torch.float32 else 2**-8)
-    close(ours[1], theirs[1], SAME)
+@pytest.mark.parametrize("room", [0, 3])
+def test_two_norms(room: int, dtype: torch.dtype, want: Want) -> None:
+    """One after the other, forward and back."""
+    want, step = replace(want, room=room), SAME if dtype == torch.float32 else 2**-8
+    x, dy = random(5, 70, dtype=dtype)[:, :65], random(5, 68, dtype=dtype, seed=4)[:, :65]
+    residual, add = random(5, 65, dtype=dtype, seed=1), random(5, 65, dtype=dtype, seed=3)
+    weight, then = random(65, dtype=dtype, size=0.3), random(65, dtype=dtype, seed=2, size=0.3)
+    out, r = fused.add_norm(residual, x, weight, EPS)
+    expected, expected_r = reference.add_norm(residual, x, weight, EPS)
+    close(out, expected, step)
+    close(r, expected_r, SAME)
+
+    again, r_again, rows, r_then = fused.add_norm_norm(residual, x, weight, then, EPS, want)
+    assert torch.equal(again, out) and torch.equal(r_again, r)
+    # Of our own sum: what is a step apart there may be more than a step apart here.
+    theirs, their_r = reference.norm(out, then, EPS, want)
+    same_rows(rows, theirs, want, dtype)
+    close(r_then, their_r, SAME)
+
+    d_out, d_rows = fused.norm_norm_backward(dy, out, then, r_then, add, x, weight, r, want)
+    close(d_out, reference.norm_backward(dy, out, then, r_then, add).plain, step)
+    same_rows(d_rows, reference.norm_backward(d_out, x, weight, r, None, want), want, dtype)
 
 
 @wants
 @dtypes
-# Narrower than a block of 2,048, and a bit wider than the way back's block of 8,192.
-@pytest.mark.parametrize(("tokens", "width"), [(3, 56), (2, 8200)], ids=str)
+# Narrower than a block of 2,048; wider than the way back's of 8,192; wider than what is held whole.
+@pytest.mark.parametrize(("tokens", "width"), [(3, 56), (2, 8200), (1, 16400)], ids=str)
 def test_gelu(tokens: int, width: int, dtype: torch.dtype, want: Want) -> None:
     gate_up, dy = random(tokens, 2 * width, dtype=dtype, size=3.0), random(tokens, width, dtype=dtype, seed=1)
     same_rows(fused.gelu(gate_up, want), reference.gelu(gate_up, want), want, dtype)
@@ -156,36 +170,39 @@ def test_gelu(tokens: int, width: int, dtype: torch.dtype, want: Want) -> None:
             close(again, expected, SAME if dtype == torch.float32 else 2**-8)
 
 
-@wants
 @dtypes
-@pytest.mark.parametrize("back", [False, True])
-def test_rotate(back: bool, dtype: torch.dtype, want: Want) -> None:
+def test_rotate(dtype: torch.dtype) -> None:
     # Seven heads, of which five turn: no power of two.
     qkv, angle = random(6, 7 * 16, dtype=dtype), random(6, 8, size=9.0)
-    arguments = (qkv, angle.cos(), angle.sin(), 5)
-    same_rows(
-        fused.rotate(*arguments, back=back, want=want), reference.rotate(*arguments, back=back, want=want), want, dtype
-    )
+    ours, theirs = (of.rotate(qkv.clone(), angle.cos(), angle.sin(), 5) for of in (fused, reference))
+    close(ours, theirs, SAME if dtype == torch.float32 else 2**-8)
+    assert torch.equal(ours[:, 5 * 16 :], qkv[:, 5 * 16 :])
 
 
 @dtypes
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (5.0, None), (5.0, 20), (None, 1)])
 # Of one token at either end and in the middle; over several blocks; ending on a block's edge.
 @pytest.mark.parametrize("lengths", [(1, 10, 33, 1, 37, 1), (64,), (1,)], ids=str)
-def test_attention(lengths: tuple[int, ...], softcap: float | None, window: int | None, dtype: torch.dtype) -> None:
-    heads, kv_heads, dim = 4, 2, 16
+# A key each; one for two heads; one for three, which is no power of two.
+@pytest.mark.parametrize("heads", [2, 4, 6])
+def test_attention(
+    lengths: tuple[int, ...], heads: int, softcap: float | None, window: int | None, dtype: torch.dtype
+) -> None:
+    kv_heads, dim = 2, 16
     starts, each = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), torch.tensor(lengths, device=DEVICE)
     bounds = Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each))
     tokens = sum(lengths)
     qkv, do = random(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), random(tokens, heads * dim, dtype=dtype)
+    angle = random(tokens, dim // 2, size=9.0)
     numbers = (bounds, (heads, kv_heads, dim), 0.3, softcap, window)
     # The definition in float32: in bfloat16 it rounds more than the kernel does.
     out, lse = reference.attend(qkv.float(), *numbers)
     ours, our_lse = fused.attend(qkv, *numbers)
     close(ours, out.to(dtype), CLOSE[dtype])
     close(our_lse, lse, CLOSE[torch.float32])
-    expected = reference.attend_backward(do.float(), out, lse, qkv.float(), *numbers).to(dtype)
-    close(fused.attend_backward(do, ours, our_lse, qkv, *numbers), expected, CLOSE[dtype])
+    turn = (angle.cos(), angle.sin())
+    expected = reference.attend_backward(do.float(), out, lse, qkv.float(), *turn, *numbers).to(dtype)
+    close(fused.attend_backward(do, ours, our_lse, qkv, *turn, *numbers), expected, CLOSE[dtype])
 
 
 @dtypes

@@ -46,11 +46,11 @@ def by_hand(files: BaseFiles, lora: Lora, *, keep: Keep = "all", size: float = 0
     return model
 
 
-def states_of(model: HandModel, rows: list[Tensor]) -> Tensor:
+def states_of(model: HandModel, rows: list[Tensor], at: Tensor | None = None) -> Tensor:
     bounds = [0]
     for row in rows:
         bounds.append(bounds[-1] + len(row))
-    return model.states(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]), Documents(bounds))
+    return model.states(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]), Documents(bounds), at)
 
 
 def weights_of(states: Tensor) -> Tensor:
@@ -135,6 +135,46 @@ def test_the_first_layers_input_needs_no_gradient(files: BaseFiles) -> None:
     second["qkv"] = _OneWay(second["qkv"].weight)  # type: ignore[attr-defined]
     with pytest.raises(AssertionError, match="needs none"):
         gradients(model, rows)
+
+
+@pytest.mark.parametrize("name", ["q,v", "all seven"])
+def test_the_last_layer_runs_where_it_is_asked(files: BaseFiles, name: str) -> None:
+    model, rows = by_hand(files, LORAS[name]), tiny.rows(LENGTHS)
+    # At both ends, between, and none of the second row.
+    at = torch.tensor([0, 17, 18, 60, 78])
+    whole = states_of(model, rows)
+    weights = weights_of(whole)[at]
+    parameters = models.trainable(model)
+    expected = torch.autograd.grad((whole[at] * weights).sum(), list(parameters.values()))
+    seen = {name: _Counting(product.weight) for name, product in model.layers[-1].products.items()}  # type: ignore[attr-defined]
+    model.layers[-1].products = dict(seen)
+    for model.keep in KEEPS:
+        ours = states_of(model, rows, at)
+        assert tiny.distance(ours.detach(), whole[at].detach()) < 1e-6
+        found = torch.autograd.grad((ours * weights).sum(), list(parameters.values()))
+        assert all(tiny.distance(a, b) < 1e-5 for a, b in zip(found, expected, strict=True)), model.keep
+    assert {name: product.rows for name, product in seen.items()} == {
+        "qkv": {len(whole)},
+        **{key: {len(at)} for key in ("o", "gate_up", "down")},
+    }
+
+
+class _Counting(Plain):
+    """Notes how many rows it is asked to multiply."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.rows: set[int] = set()
+
+    def forward(self, rows: Rows) -> Tensor:
+        assert rows.plain is not None
+        self.rows.add(len(rows.plain))
+        return super().forward(rows)
+
+    def backward(self, rows: Rows) -> Tensor:
+        assert rows.plain is not None
+        self.rows.add(len(rows.plain))
+        return super().backward(rows)
 
 
 # --- dropout ----------------------------------------------------------------------------------

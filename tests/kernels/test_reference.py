@@ -73,18 +73,14 @@ def test_gelu() -> None:
 def test_rotate() -> None:
     heads, others, half = 3, 2, 4
     angle = random(TOKENS, half, size=9.0)
-    qkv = random(TOKENS, (heads + others) * 2 * half, seed=1).requires_grad_()
-    ours = reference.rotate(qkv, angle.cos(), angle.sin(), heads).plain
-    assert ours is not None
+    qkv = random(TOKENS, (heads + others) * 2 * half, seed=1)
     # Pairs (i, i + half) of a head are complex numbers, turned by the angle; the other heads stay.
-    pairs = qkv.detach().view(TOKENS, heads + others, 2, half)
+    pairs = qkv.clone().view(TOKENS, heads + others, 2, half)
     turned = torch.complex(pairs[:, :, 0], pairs[:, :, 1])
     turned[:, :heads] *= torch.polar(torch.ones_like(angle), angle)[:, None]
-    close(ours.detach(), torch.stack([turned.real, turned.imag], 2).view_as(qkv))
-
-    dy = random(*ours.shape, seed=2)
-    ours.backward(dy)
-    close(reference.rotate(dy, angle.cos(), angle.sin(), heads, back=True).plain, qkv.grad)
+    ours = reference.rotate(qkv, angle.cos(), angle.sin(), heads)
+    assert ours is qkv
+    close(ours, torch.stack([turned.real, turned.imag], 2).view_as(qkv))
 
 
 @pytest.mark.parametrize("window", [None, 1, 7])
@@ -118,7 +114,26 @@ def test_attention(heads: tuple[int, int], softcap: float | None, window: int | 
     numbers = (bounds(lengths), (count, shared, dim), scale, softcap, window)
     out, lse = reference.attend(qkv.detach(), *numbers)
     close(out, expected.detach())
-    close(reference.attend_backward(do, out, lse, qkv.detach(), *numbers), qkv.grad)
+    # qkv as made by a rotation: what was turned before has that gradient turned back.
+    angle = random(len(qkv), dim // 2, seed=3, size=9.0)
+    assert qkv.grad is not None
+    gradient = reference.rotate(qkv.grad, angle.cos(), -angle.sin(), count + shared)
+    close(reference.attend_backward(do, out, lse, qkv.detach(), angle.cos(), angle.sin(), *numbers), gradient)
+
+
+def test_two_norms() -> None:
+    residual, x = random(TOKENS, WIDTH).requires_grad_(), random(TOKENS, WIDTH, seed=1).requires_grad_()
+    weight, then = random(WIDTH, seed=2), random(WIDTH, seed=3)
+    dy, add = random(TOKENS, WIDTH, seed=4), random(TOKENS, WIDTH, seed=5)
+    middle = residual + norm(x, weight)
+    expected = norm(middle, then)
+    torch.autograd.backward([expected, middle], [dy, add])
+    out, r, rows, r_then = reference.add_norm_norm(residual.detach(), x.detach(), weight, then, EPS)
+    close(out, middle.detach())
+    close(rows.plain, expected.detach())
+    d_residual, d_x = reference.norm_norm_backward(dy, out, then, r_then, add, x.detach(), weight, r)
+    close(d_residual, residual.grad)
+    close(d_x.plain, x.grad)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -110,9 +110,14 @@ def batch(positions: Tensor, bounds: Bounds, shape: Shape) -> Batch:
     return Batch(angle.cos(), angle.sin(), bounds)
 
 
-def run_layer(x: Tensor, layer: Layer, of: Batch, side: Side, keep: Keep) -> Tensor:
-    """One layer with its adapters: (tokens, width) to (tokens, width)."""
-    out: Tensor = _Layer.apply(x, layer, of, side, keep, *side.parameters)  # type: ignore[no-untyped-call]
+def run_layer(x: Tensor, layer: Layer, of: Batch, side: Side, keep: Keep, at: Tensor | None = None) -> Tensor:
+    """One layer with its adapters: (tokens, width) to (tokens, width).
+
+    Args:
+        at: (places,), int64, no place twice: the output there only, (places, width). Nothing but its keys and
+            values is computed of the other tokens, nor on the way back.
+    """
+    out: Tensor = _Layer.apply(x, layer, of, side, keep, at, *side.parameters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -124,18 +129,21 @@ def run_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Layer, of: Batch, side: Side, keep: Keep, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, layer: Layer, of: Batch, side: Side, keep: Keep, at: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         low = Low(side)
         masks = {}
         if any(adapter.dropout for adapter in side.adapters):
-            masks = {name: low.masks(name, x.new_empty(len(x), width)) for name, width in layer.shape.inputs.items()}
-        out, kept = _forward(x, layer, of, low, masks)
+            sizes = {name: len(x) if at is None or name == "qkv" else len(at) for name in layer.shape.inputs}
+            masks = {n: low.masks(n, x.new_empty(sizes[n], width)) for n, width in layer.shape.inputs.items()}
+        out, kept = _forward(x, layer, of, low, masks, at)
         kept |= {f"inner {product}": tensor for product, tensor in low.inner.items()}
         if keep == "input":
             kept = {}
         elif keep == "most":
             kept = {name: tensor for name, tensor in kept.items() if name != "gate_up"}
-        ctx.layer, ctx.of, ctx.low, ctx.masks = layer, of, low, masks
+        ctx.layer, ctx.of, ctx.low, ctx.masks, ctx.at = layer, of, low, masks, at
         # Saved below, or made again.
         low.inner = {}
         ctx.names = list(kept)
@@ -150,24 +158,33 @@ class _Layer(torch.autograd.Function):
         if kept:
             low.inner = {product: kept[f"inner {product}"] for product in low.side.a}
         else:
-            kept = _forward(x, ctx.layer, ctx.of, low, ctx.masks)[1]
-        dx = _backward(gradients[0].contiguous(), x, kept, ctx.layer, ctx.of, low, ctx.masks, ctx.needs_input_grad[0])
-        return dx, None, None, None, None, *low.gradients
+            kept = _forward(x, ctx.layer, ctx.of, low, ctx.masks, ctx.at)[1]
+        d_out, wanted = gradients[0].contiguous(), ctx.needs_input_grad[0]
+        dx = _backward(d_out, x, kept, ctx.layer, ctx.of, low, ctx.masks, ctx.at, wanted)
+        return dx, None, None, None, None, None, *low.gradients
 
 
 def _forward(
-    x: Tensor, layer: Layer, of: Batch, low: Low, masks: dict[str, dict[int, Tensor]]
+    x: Tensor, layer: Layer, of: Batch, low: Low, masks: dict[str, dict[int, Tensor]], at: Tensor | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The layer's output, and what the way back needs."""
     ops, shape, products = operations(x), layer.shape, layer.products
     hidden, r_input = ops.norm(x, layer.norms["input"], shape.eps, _want(layer, low, "qkv", room=True))
     qkv = low.forward("qkv", products["qkv"], hidden, masks.get("qkv", {}))
-    qkv = ops.rotate(qkv, of.cos, of.sin, shape.heads + shape.kv_heads).plain
+    qkv = ops.rotate(qkv, of.cos, of.sin, shape.heads + shape.kv_heads)
     attended, lse = ops.attend(qkv, of.bounds, *_attention_numbers(layer))
-    rows = Rows(attended, *(ops.quantise(attended) if products["o"].fp8 else ()))
+    chosen = attended if at is None else attended.index_select(0, at)
+    rows = Rows(chosen, *(ops.quantise(chosen) if products["o"].fp8 else ()))
     projected = low.forward("o", products["o"], rows, masks.get("o", {}))
-    middle, r_attention = ops.add_norm(x, projected, layer.norms["post_attention"], shape.eps)
-    gate_up, r_middle = _gate_up(ops, middle, layer, low, masks)
+    middle, r_attention, hidden, r_middle = ops.add_norm_norm(
+        x if at is None else x.index_select(0, at),
+        projected,
+        layer.norms["post_attention"],
+        layer.norms["pre_feedforward"],
+        shape.eps,
+        _want(layer, low, "gate_up", room=True),
+    )
+    gate_up = low.forward("gate_up", products["gate_up"], hidden, masks.get("gate_up", {}))
     active = ops.gelu(gate_up, _want(layer, low, "down"))
     down = low.forward("down", products["down"], active, masks.get("down", {}))
     out, r_down = ops.add_norm(middle, down, layer.norms["post_feedforward"], shape.eps)
@@ -195,15 +212,6 @@ def _want(layer: Layer, low: Low, product: str, *, needed: bool = True, room: bo
     return Want(plain=not fp8 or a is not None, fp8=fp8, room=columns)
 
 
-def _gate_up(
-    ops: Any, middle: Tensor, layer: Layer, low: Low, masks: dict[str, dict[int, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    hidden, r_middle = ops.norm(
-        middle, layer.norms["pre_feedforward"], layer.shape.eps, _want(layer, low, "gate_up", room=True)
-    )
-    return low.forward("gate_up", layer.products["gate_up"], hidden, masks.get("gate_up", {})), r_middle
-
-
 def _backward(
     d_out: Tensor,
     x: Tensor,
@@ -212,12 +220,16 @@ def _backward(
     of: Batch,
     low: Low,
     masks: dict[str, dict[int, Tensor]],
+    at: Tensor | None,
     wanted: bool,
 ) -> Tensor | None:
     """The gradient of the layer's input, if wanted; the adapters' gradients are noted in `low`."""
     ops, shape, products, norms = operations(x), layer.shape, layer.products, layer.norms
     middle = kept["middle"]
-    gate_up = kept["gate_up"] if "gate_up" in kept else _gate_up(ops, middle, layer, low, masks)[0]
+    gate_up = kept.get("gate_up")
+    if gate_up is None:
+        hidden = ops.norm(middle, norms["pre_feedforward"], shape.eps, _want(layer, low, "gate_up", room=True))[0]
+        gate_up = low.forward("gate_up", products["gate_up"], hidden, masks.get("gate_up", {}))
 
     d_down = ops.norm_backward(
         d_out, kept["down"], norms["post_feedforward"], kept["r_down"], None, _want(layer, low, "down", room=True)
@@ -229,29 +241,28 @@ def _backward(
     if low.of("gate_up"):
         hidden = ops.norm(middle, norms["pre_feedforward"], shape.eps, PLAIN)[0].plain
         low.note("gate_up", hidden, d_gate_up.plain, masks.get("gate_up", {}))
-    d_middle = ops.norm_backward(d_hidden, middle, norms["pre_feedforward"], kept["r_middle"], d_out, PLAIN).plain
-
-    d_projected = ops.norm_backward(
-        d_middle,
+    d_middle, d_projected = ops.norm_norm_backward(
+        d_hidden,
+        middle,
+        norms["pre_feedforward"],
+        kept["r_middle"],
+        d_out,
         kept["projected"],
         norms["post_attention"],
         kept["r_attention"],
-        None,
         _want(layer, low, "o", room=True),
     )
     d_attended = low.backward("o", products["o"], d_projected, masks.get("o", {}))
-    low.note("o", kept["attended"], d_projected.plain, masks.get("o", {}))
+    assert d_attended is not None
+    attended = kept["attended"]
+    low.note("o", attended if at is None else attended.index_select(0, at), d_projected.plain, masks.get("o", {}))
+    if at is not None:
+        # The layer's other places have no gradient of their own; only what looked back at them.
+        d_attended, d_middle = (t.new_zeros(len(x), t.shape[1]).index_copy_(0, at, t) for t in (d_attended, d_middle))
     turned = ops.attend_backward(
-        d_attended, kept["attended"], kept["lse"], kept["qkv"], of.bounds, *_attention_numbers(layer)
+        d_attended, attended, kept["lse"], kept["qkv"], of.cos, of.sin, of.bounds, *_attention_numbers(layer)
     )
-    d_qkv = ops.rotate(
-        turned,
-        of.cos,
-        of.sin,
-        shape.heads + shape.kv_heads,
-        back=True,
-        want=_want(layer, low, "qkv", needed=wanted),
-    )
+    d_qkv = Rows(turned, *(ops.quantise(turned) if products["qkv"].fp8 and wanted else ()))
     d_first = low.backward("qkv", products["qkv"], d_qkv, masks.get("qkv", {}), wanted)
     if low.of("qkv"):
         hidden = ops.norm(x, norms["input"], shape.eps, PLAIN)[0].plain

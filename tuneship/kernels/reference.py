@@ -72,6 +72,14 @@ def add_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[T
     return residual + normed.plain, r
 
 
+def add_norm_norm(
+    residual: Tensor, x: Tensor, weight: Tensor, then: Tensor, eps: float, want: Want = PLAIN
+) -> tuple[Tensor, Tensor, Rows, Tensor]:
+    """`add_norm`, and the norm of its sum with the weight `then`."""
+    out, r = add_norm(residual, x, weight, eps)
+    return out, r, *norm(out, then, eps, want)
+
+
 def norm_backward(
     dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None = None, want: Want = PLAIN
 ) -> Rows:
@@ -82,6 +90,23 @@ def norm_backward(
     if add is not None:
         dx = dx + add.float()
     return rows(dx.to(x.dtype), want)
+
+
+def norm_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    add: Tensor,
+    before: Tensor,
+    before_weight: Tensor,
+    before_r: Tensor,
+    want: Want = PLAIN,
+) -> tuple[Tensor, Rows]:
+    """The way back through `add_norm_norm`: the gradient of its residual, and that of what it added to it."""
+    dx = norm_backward(dy, x, weight, r, add).plain
+    assert dx is not None
+    return dx, norm_backward(dx, before, before_weight, before_r, None, want)
 
 
 def gelu(gate_up: Tensor, want: Want = PLAIN) -> Rows:
@@ -101,19 +126,18 @@ def gelu_backward(dy: Tensor, gate_up: Tensor, want: Want = PLAIN, active: bool 
     return rows(gradient, want), (half * up).to(gate_up.dtype) if active else None
 
 
-def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, *, back: bool = False, want: Want = PLAIN) -> Rows:
-    """Rotary embedding of the first `heads` heads of (tokens, all heads · head_dim); `back` undoes it.
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    """Rotary embedding of the first `heads` heads of (tokens, all heads · head_dim), in place of what was given.
 
     Args:
         cos, sin: (tokens, head_dim / 2), float32.
     """
     half = cos.shape[-1]
-    width = heads * 2 * half
-    turned = qkv[:, :width].float().view(len(qkv), heads, 2, half)
-    a, b = turned[:, :, 0], turned[:, :, 1]
-    c, s = cos[:, None], -sin[:, None] if back else sin[:, None]
-    out = torch.stack([a * c - b * s, b * c + a * s], 2).reshape(len(qkv), width).to(qkv.dtype)
-    return rows(torch.cat([out, qkv[:, width:]], -1), want)
+    turned = qkv[:, : heads * 2 * half].view(len(qkv), heads, 2, half)
+    a, b = turned.float().unbind(2)
+    c, s = cos[:, None], sin[:, None]
+    turned.copy_(torch.stack([a * c - b * s, b * c + a * s], 2))
+    return qkv
 
 
 @dataclass(frozen=True)
@@ -150,13 +174,15 @@ def attend_backward(
     out: Tensor,
     lse: Tensor,
     qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
     bounds: Bounds,
     shape: tuple[int, int, int],
     scale: float,
     softcap: float | None,
     window: int | None,
 ) -> Tensor:
-    """Gradient of qkv."""
+    """Gradient of what `rotate` was given to make qkv: the rotation is undone before it is rounded."""
     heads, kv_heads, head_dim = shape
     q, k, v = _heads(qkv, shape)
     scores, slope = _scores(q, k, bounds, scale, softcap, window)
@@ -168,7 +194,8 @@ def attend_backward(
     dq = ds @ k.float()
     dk = (ds.transpose(-1, -2) @ q.float()).view(kv_heads, -1, *q.shape[1:]).sum(1)
     dv = (p.transpose(-1, -2) @ do_heads).view(kv_heads, -1, *q.shape[1:]).sum(1)
-    return torch.cat([x.transpose(0, 1).reshape(len(qkv), -1) for x in (dq, dk, dv)], -1).to(qkv.dtype)
+    gradient = torch.cat([x.transpose(0, 1).reshape(len(qkv), -1) for x in (dq, dk, dv)], -1)
+    return rotate(gradient, cos, -sin, heads + kv_heads).to(qkv.dtype)
 
 
 def _heads(qkv: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
