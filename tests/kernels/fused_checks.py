@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from tuneship.kernels import fused, reference
+from tuneship.kernels import fused, fused_attention, reference
 from tuneship.kernels.reference import PLAIN, Bounds, Rows, Want
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -126,6 +126,10 @@ def test_norm(tokens: int, width: int, room: int, dtype: torch.dtype, want: Want
     for other in (None, add):
         arguments = (dy, x, weight, expected, other, want)
         same_rows(fused.norm_backward(*arguments), reference.norm_backward(*arguments), want, dtype)
+    again = torch.empty(tokens, width, dtype=dtype, device=DEVICE)
+    rows = fused.norm_backward(dy, x.contiguous(), weight, r, add, want, again)
+    same_rows(rows, reference.norm_backward(dy, x, weight, r, add, want), want, dtype)
+    assert torch.equal(again, fused.norm(x.contiguous(), weight, EPS)[0].plain)
 
 
 @wants
@@ -149,7 +153,11 @@ def test_two_norms(room: int, dtype: torch.dtype, want: Want) -> None:
     same_rows(rows, theirs, want, dtype)
     close(r_then, their_r, SAME)
 
-    d_out, d_rows = fused.norm_norm_backward(dy, out, then, r_then, add, x, weight, r, want)
+    hidden = torch.empty_like(out)
+    d_out, d_rows = fused.norm_norm_backward(dy, out, then, r_then, add, x, weight, r, want, hidden)
+    assert torch.equal(hidden, fused.norm(out, then, EPS)[0].plain)
+    other, _ = fused.norm_norm_backward(dy, out, then, r_then, add, x, weight, r, want)
+    assert torch.equal(other, d_out)
     close(d_out, reference.norm_backward(dy, out, then, r_then, add).plain, step)
     same_rows(d_rows, reference.norm_backward(d_out, x, weight, r, None, want), want, dtype)
 
@@ -183,11 +191,18 @@ def test_rotate(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("softcap", "window"), [(None, None), (5.0, None), (5.0, 20), (None, 1)])
 # Of one token at either end and in the middle; over several blocks; ending on a block's edge.
 @pytest.mark.parametrize("lengths", [(1, 10, 33, 1, 37, 1), (64,), (1,)], ids=str)
-# A key each; one for two heads; one for three, which is no power of two.
-@pytest.mark.parametrize("heads", [2, 4, 6])
+# A key each; one for two heads; one for three, which is no power of two. In the blocks of short and of long passes.
+@pytest.mark.parametrize(("heads", "few"), [(2, True), (4, True), (4, False), (6, False)])
 def test_attention(
-    lengths: tuple[int, ...], heads: int, softcap: float | None, window: int | None, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: tuple[int, ...],
+    heads: int,
+    few: bool,
+    softcap: float | None,
+    window: int | None,
+    dtype: torch.dtype,
 ) -> None:
+    monkeypatch.setattr(fused_attention, "_FEW_TOKENS", 10**6 if few else 0)
     kv_heads, dim = 2, 16
     starts, each = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), torch.tensor(lengths, device=DEVICE)
     bounds = Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each))

@@ -159,8 +159,8 @@ def add_norm_norm(
 
 @triton.jit
 def _norm_backward(
-    dy, x, weight, r_in, add, plain, quantised, scale, width, dy_stride, x_stride, stride,
-    BLOCK: tl.constexpr, ADD: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
+    dy, x, weight, r_in, add, plain, quantised, scale, again, width, dy_stride, x_stride, stride,
+    BLOCK: tl.constexpr, ADD: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -171,6 +171,8 @@ def _norm_backward(
     r = tl.load(r_in + token)
     g = g * (1.0 + w)
     unit = v * r
+    if AGAIN:
+        tl.store(again + token * width + columns, unit * (1.0 + w), mask=inside)
     dx = r * (g - unit * (tl.sum(g * unit, 0) / width))
     if ADD:
         dx += tl.load(add + token * width + columns, mask=inside, other=0.0).to(tl.float32)
@@ -178,36 +180,31 @@ def _norm_backward(
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None = None, want: Want = PLAIN
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    add: Tensor | None = None,
+    want: Want = PLAIN,
+    again: Tensor | None = None,
 ) -> Rows:
     """See `reference.norm_backward`."""
     tokens, width = x.shape
     out, pointers = _outputs(tokens, width, x, want)
     block, warps = _block(width)
     _norm_backward[(tokens,)](
-        dy,
-        x,
-        weight,
-        r,
-        x if add is None else add,
-        *pointers,
-        width,
-        dy.stride(0),
-        x.stride(0),
-        width + want.room,
-        block,
-        add is not None,
-        want.plain,
-        want.fp8,
-        num_warps=warps,
-    )
+        dy, x, weight, r, x if add is None else add, *pointers, x if again is None else again,
+        width, dy.stride(0), x.stride(0), width + want.room,
+        block, add is not None, want.plain, want.fp8, again is not None, num_warps=warps,
+    )  # fmt: skip
     return out
 
 
 @triton.jit
 def _norm_norm_backward(
-    dy, x, weight, r_in, add, before, before_weight, before_r, dx_out, plain, quantised, scale,
-    width, dy_stride, before_stride, stride, BLOCK: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr,
+    dy, x, weight, r_in, add, before, before_weight, before_r, dx_out, plain, quantised, scale, again,
+    width, dy_stride, before_stride, stride,
+    BLOCK: tl.constexpr, IN_PLAIN: tl.constexpr, IN_FP8: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -217,6 +214,8 @@ def _norm_norm_backward(
     g = tl.load(dy + token * dy_stride + columns, mask=inside, other=0.0).to(tl.float32) * (1.0 + w)
     r = tl.load(r_in + token)
     unit = tl.load(x + token * width + columns, mask=inside, other=0.0).to(tl.float32) * r
+    if AGAIN:
+        tl.store(again + token * width + columns, unit * (1.0 + w), mask=inside)
     dx = r * (g - unit * (tl.sum(g * unit, 0) / width))
     dx += tl.load(add + token * width + columns, mask=inside, other=0.0).to(tl.float32)
     rounded = dx.to(like)
@@ -239,6 +238,7 @@ def norm_norm_backward(
     before_weight: Tensor,
     before_r: Tensor,
     want: Want = PLAIN,
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Rows]:
     """See `reference.norm_norm_backward`."""
     tokens, width = x.shape
@@ -246,8 +246,9 @@ def norm_norm_backward(
     rows, pointers = _outputs(tokens, width, x, want)
     block, warps = _block(width)
     _norm_norm_backward[(tokens,)](
-        dy, x, weight, r, add, before, before_weight, before_r, dx, *pointers,
-        width, dy.stride(0), before.stride(0), width + want.room, block, want.plain, want.fp8, num_warps=warps,
+        dy, x, weight, r, add, before, before_weight, before_r, dx, *pointers, x if again is None else again,
+        width, dy.stride(0), before.stride(0), width + want.room,
+        block, want.plain, want.fp8, again is not None, num_warps=warps,
     )  # fmt: skip
     return dx, rows
 
@@ -307,7 +308,7 @@ def gelu(gate_up: Tensor, want: Want = PLAIN) -> Rows:
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     out, pointers = _outputs(tokens, width, gate_up, want)
     if want.fp8 and (block := triton.next_power_of_2(width)) <= WHOLE:
-        kernel, warps = _gelu_whole, max(4, block // 1024)
+        kernel, warps = _gelu_whole, max(4, block // 512)
     else:
         kernel, block, warps = _gelu, 2048, 16 if want.fp8 else 8
     kernel[(tokens,)](gate_up, *pointers, width, block, want.plain, want.fp8, num_warps=warps)

@@ -238,9 +238,7 @@ def _backward(
     d_gate_up, active = ops.gelu_backward(d_active, gate_up, _want(layer, low, "gate_up"), bool(low.of("down")))
     low.note("down", active, d_down.plain, masks.get("down", {}))
     d_hidden = low.backward("gate_up", products["gate_up"], d_gate_up, masks.get("gate_up", {}))
-    if low.of("gate_up"):
-        hidden = ops.norm(middle, norms["pre_feedforward"], shape.eps, PLAIN)[0].plain
-        low.note("gate_up", hidden, d_gate_up.plain, masks.get("gate_up", {}))
+    hidden = torch.empty_like(middle) if low.of("gate_up") else None
     d_middle, d_projected = ops.norm_norm_backward(
         d_hidden,
         middle,
@@ -251,7 +249,9 @@ def _backward(
         norms["post_attention"],
         kept["r_attention"],
         _want(layer, low, "o", room=True),
+        hidden,
     )
+    low.note("gate_up", hidden, d_gate_up.plain, masks.get("gate_up", {}))
     d_attended = low.backward("o", products["o"], d_projected, masks.get("o", {}))
     assert d_attended is not None
     attended = kept["attended"]
@@ -264,12 +264,12 @@ def _backward(
     )
     d_qkv = Rows(turned, *(ops.quantise(turned) if products["qkv"].fp8 and wanted else ()))
     d_first = low.backward("qkv", products["qkv"], d_qkv, masks.get("qkv", {}), wanted)
-    if low.of("qkv"):
+    hidden, dx = torch.empty_like(x) if low.of("qkv") else None, None
+    if d_first is not None:
+        dx = ops.norm_backward(d_first, x, norms["input"], kept["r_input"], d_middle, PLAIN, hidden).plain
+    elif hidden is not None:
         hidden = ops.norm(x, norms["input"], shape.eps, PLAIN)[0].plain
-        low.note("qkv", hidden, d_qkv.plain, masks.get("qkv", {}))
-    if d_first is None:
-        return None
-    dx: Tensor = ops.norm_backward(d_first, x, norms["input"], kept["r_input"], d_middle, PLAIN).plain
+    low.note("qkv", hidden, d_qkv.plain, masks.get("qkv", {}))
     return dx
 
 

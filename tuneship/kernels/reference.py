@@ -81,9 +81,17 @@ def add_norm_norm(
 
 
 def norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, add: Tensor | None = None, want: Want = PLAIN
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    r: Tensor,
+    add: Tensor | None = None,
+    want: Want = PLAIN,
+    again: Tensor | None = None,
 ) -> Rows:
-    """Gradient of the norm's input, plus `add`."""
+    """Gradient of the norm's input, plus `add`; the norm itself is written into `again`."""
+    if again is not None:
+        again.copy_(x.float() * r[:, None] * (1.0 + weight.float()))
     g = dy.float() * (1.0 + weight.float())
     unit = x.float() * r[:, None]
     dx = r[:, None] * (g - unit * (g * unit).mean(-1, keepdim=True))
@@ -102,9 +110,10 @@ def norm_norm_backward(
     before_weight: Tensor,
     before_r: Tensor,
     want: Want = PLAIN,
+    again: Tensor | None = None,
 ) -> tuple[Tensor, Rows]:
     """The way back through `add_norm_norm`: the gradient of its residual, and that of what it added to it."""
-    dx = norm_backward(dy, x, weight, r, add).plain
+    dx = norm_backward(dy, x, weight, r, add, PLAIN, again).plain
     assert dx is not None
     return dx, norm_backward(dx, before, before_weight, before_r, None, want)
 
