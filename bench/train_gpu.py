@@ -51,6 +51,7 @@ LINES = [
     "ours bfloat16 two rows an update",
     "ours fp8 two rows an update",
     "ours bfloat16 the tutorial's job",
+    "ours fp8 recipes/gemma2-9b-h100.yaml",
     "ours bfloat16 one GPU, two packs an update",
     "ours bfloat16 two GPUs, two packs an update",
     "profile bfloat16",
@@ -215,18 +216,26 @@ def profile(base: Path, file: Path, precision: str, targets: tuple[str, ...], *,
     return {"kernels_ms": total, "tokens": len(packed.ids), "launches": sum(count for _, count, _ in kernels)}
 
 
-def job(base: Path, folder: Path) -> dict[str, Any]:
-    """The tutorial's job by our command line: about 97,000 tokens of rows, in text; start to saved adapter."""
-    from tuneship import journal, recipe
+def job(base: Path, folder: Path, recipe: Path | None) -> dict[str, Any]:
+    """By our command line, from rows of text, start to saved adapter: a recipe, or the tutorial's job.
 
-    settings = recipe_of(
-        base, data={"dataset_limit": 1140}, train={"max_steps": None, "num_train_epochs": 1, "tokens_per_batch": 4096}
-    )
-    file = folder.with_suffix(".yaml")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(recipe.dump(settings))
+    Either has as many rows as the tutorial: about 97,000 tokens, of the built-in set.
+    """
+    from tuneship import journal
+    from tuneship import recipe as recipes
+
+    changes: list[str] = []
+    if recipe is None:
+        recipe = folder.with_suffix(".yaml")
+        recipe.parent.mkdir(parents=True, exist_ok=True)
+        train = {"max_steps": None, "num_train_epochs": 1, "tokens_per_batch": 4096}
+        recipe.write_text(recipes.dump(recipe_of(base, data={"dataset_limit": 1140}, train=train)))
+    else:
+        for change in (f"model.model_name_or_path={base}", "data.dataset_name=builtin:text-to-sql"):
+            changes += ["--set", change]
+        changes += ["--set", "data.dataset_limit=1140"]
     began = time.time()
-    command = [sys.executable, "-m", "tuneship", "train", str(file), "--run", str(folder), "--fresh"]
+    command = [sys.executable, "-m", "tuneship", "train", str(recipe), "--run", str(folder), "--fresh", *changes]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
     seconds = time.time() - began
     lines = journal.read_run(folder).metrics()
@@ -351,7 +360,7 @@ def rate() -> dict[str, Any]:
 
 def one(line: str, base: Path, scratch: Path) -> dict[str, Any]:
     """One line of the table, in this process."""
-    folder = scratch / line.replace(" ", "-").replace("'", "").replace(",", "")
+    folder = scratch / line.replace(" ", "-").replace("/", "-").replace("'", "").replace(",", "")
     if line == "rate":
         return rate()
     if line.startswith("TRL"):
@@ -362,8 +371,8 @@ def one(line: str, base: Path, scratch: Path) -> dict[str, Any]:
         targets = ALL if rest == ["all"] else QV
         return profile(base, folder.with_suffix(".txt"), "bfloat16" if small else precision, targets, small=small)
     what = rest[0]
-    if what.endswith("job"):
-        return job(base, folder)
+    if what.endswith((".yaml", "job")):
+        return job(base, folder, Path(what) if what.endswith(".yaml") else None)
     if "GPU" in what:
         return ours(base, folder, precision, "q,v", gpus=1 if what.startswith("one") else 2)
     small = what.startswith("two")

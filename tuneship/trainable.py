@@ -243,5 +243,5 @@ def _frozen(weight: Tensor, precision: str, room: int = 0, *, below: bool = Fals
         return Fp8(weight, operations(weight).quantise)
     if precision == "nf4":
         return Nf4(weight)
-    # A row must begin at a multiple of 16 bytes to be read at full speed.
+    # Products over a number of columns that is no multiple of 8 do not reach the card's speed.
     return Joined(weight, room, below=below) if room and room % 8 == 0 and room <= Joined.MOST else Plain(weight)

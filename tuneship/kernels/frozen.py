@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tuneship.kernels.reference import Rows
+from tuneship.kernels.reference import Rows, aligned
 
 
 class Frozen(Protocol):
@@ -71,7 +71,7 @@ class Joined(Plain):
 
     def __init__(self, weight: Tensor, room: int, *, below: bool) -> None:
         outputs, inputs = weight.shape
-        whole = weight.new_zeros((outputs + room, inputs) if below else (outputs, inputs + room))
+        whole = aligned(*((outputs + room, inputs) if below else (outputs, inputs + room)), weight).zero_()
         self.beside, self.below = (None, whole) if below else (whole, None)
         super().__init__(whole[:outputs, :inputs])
         self.weight.copy_(weight)

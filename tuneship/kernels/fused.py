@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tuneship.kernels.fused_attention import LOW, attend, attend_backward, tanh
-from tuneship.kernels.reference import FP8, FP8_MAX, PLAIN, Rows, Want
+from tuneship.kernels.reference import FP8, FP8_MAX, PLAIN, Rows, Want, aligned
 
 __all__ = [
     "add_norm",
@@ -52,13 +52,20 @@ def _put_rows(
         tl.store(quantised + token * width + columns, (rounded / s).to(quantised.dtype.element_ty), mask=inside)
 
 
-def _outputs(tokens: int, width: int, like: Tensor, want: Want) -> tuple[Rows, tuple[Tensor, Tensor, Tensor]]:
-    """Room for rows, and the three pointers that a kernel takes (`like` where a form is not wanted)."""
-    whole = torch.empty(tokens, width + want.room, dtype=like.dtype, device=like.device) if want.plain else None
+def _outputs(tokens: int, width: int, like: Tensor, want: Want) -> tuple[Rows, tuple[Tensor, Tensor, Tensor], int]:
+    """Room for rows, the three pointers that a kernel takes (`like` where a form is not wanted), the plain stride."""
+    whole = None
+    if want.plain:
+        whole = aligned(tokens, width + want.room, like) if want.room else like.new_empty(tokens, width)
     plain = whole if whole is None or not want.room else whole[:, :width]
     quantised = torch.empty(tokens, width, dtype=FP8, device=like.device) if want.fp8 else None
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=like.device) if want.fp8 else None
-    return Rows(plain, quantised, scale, whole), tuple(like if t is None else t for t in (plain, quantised, scale))  # type: ignore[return-value]
+    pointers = (
+        like if plain is None else plain,
+        like if quantised is None else quantised,
+        like if scale is None else scale,
+    )
+    return Rows(plain, quantised, scale, whole), pointers, width if plain is None else plain.stride(0)
 
 
 def _block(width: int) -> tuple[int, int]:
@@ -91,12 +98,10 @@ def _norm(
 def norm(x: Tensor, weight: Tensor, eps: float, want: Want = PLAIN) -> tuple[Rows, Tensor]:
     """See `reference.norm`."""
     tokens, width = x.shape
-    out, pointers = _outputs(tokens, width, x, want)
+    out, pointers, stride = _outputs(tokens, width, x, want)
     r = torch.empty(tokens, dtype=torch.float32, device=x.device)
     block, warps = _block(width)
-    _norm[(tokens,)](
-        x, weight, *pointers, r, width, width + want.room, eps, block, want.plain, want.fp8, num_warps=warps
-    )
+    _norm[(tokens,)](x, weight, *pointers, r, width, stride, eps, block, want.plain, want.fp8, num_warps=warps)
     return out, r
 
 
@@ -147,11 +152,11 @@ def add_norm_norm(
     """See `reference.add_norm_norm`."""
     tokens, width = x.shape
     out = torch.empty_like(residual)
-    rows, pointers = _outputs(tokens, width, residual, want)
+    rows, pointers, stride = _outputs(tokens, width, residual, want)
     r, r_then = torch.empty(2, tokens, dtype=torch.float32, device=x.device).unbind()
     block, warps = _block(width)
     _add_norm[(tokens,)](
-        residual, x, weight, then, out, r, *pointers, r_then, width, x.stride(0), width + want.room, eps,
+        residual, x, weight, then, out, r, *pointers, r_then, width, x.stride(0), stride, eps,
         block, True, want.plain, want.fp8, num_warps=warps,
     )  # fmt: skip
     return out, r, rows, r_then
@@ -190,11 +195,11 @@ def norm_backward(
 ) -> Rows:
     """See `reference.norm_backward`."""
     tokens, width = x.shape
-    out, pointers = _outputs(tokens, width, x, want)
+    out, pointers, stride = _outputs(tokens, width, x, want)
     block, warps = _block(width)
     _norm_backward[(tokens,)](
         dy, x, weight, r, x if add is None else add, *pointers, x if again is None else again,
-        width, dy.stride(0), x.stride(0), width + want.room,
+        width, dy.stride(0), x.stride(0), stride,
         block, add is not None, want.plain, want.fp8, again is not None, num_warps=warps,
     )  # fmt: skip
     return out
@@ -243,11 +248,11 @@ def norm_norm_backward(
     """See `reference.norm_norm_backward`."""
     tokens, width = x.shape
     dx = torch.empty_like(x)
-    rows, pointers = _outputs(tokens, width, x, want)
+    rows, pointers, stride = _outputs(tokens, width, x, want)
     block, warps = _block(width)
     _norm_norm_backward[(tokens,)](
         dy, x, weight, r, add, before, before_weight, before_r, dx, *pointers, x if again is None else again,
-        width, dy.stride(0), before.stride(0), width + want.room,
+        width, dy.stride(0), before.stride(0), stride,
         block, want.plain, want.fp8, again is not None, num_warps=warps,
     )  # fmt: skip
     return dx, rows
@@ -306,7 +311,7 @@ def _gelu_whole(
 def gelu(gate_up: Tensor, want: Want = PLAIN) -> Rows:
     """See `reference.gelu`."""
     tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out, pointers = _outputs(tokens, width, gate_up, want)
+    out, pointers, _ = _outputs(tokens, width, gate_up, want)
     if want.fp8 and (block := triton.next_power_of_2(width)) <= WHOLE:
         kernel, warps = _gelu_whole, max(4, block // 512)
     else:
@@ -382,7 +387,7 @@ def _gelu_backward_whole(
 def gelu_backward(dy: Tensor, gate_up: Tensor, want: Want = PLAIN, active: bool = False) -> tuple[Rows, Tensor | None]:
     """See `reference.gelu_backward`."""
     tokens, width = dy.shape
-    out, pointers = _outputs(tokens, 2 * width, gate_up, want)
+    out, pointers, _ = _outputs(tokens, 2 * width, gate_up, want)
     again = torch.empty_like(dy) if active else None
     if want.fp8 and (block := triton.next_power_of_2(width)) <= WHOLE:
         kernel, warps = _gelu_backward_whole, max(4, block // 512)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tuneship.kernels.frozen import Frozen
-from tuneship.kernels.reference import Rows
+from tuneship.kernels.reference import Rows, aligned
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,8 @@ class Low:
             if not wanted:
                 self.d_inner[product] = dy @ frozen.beside[:, inputs:]
                 return None
-            dx, self.d_inner[product] = torch.split(dy @ frozen.beside, [inputs, len(a)], -1)
+            both = torch.mm(dy, frozen.beside, out=aligned(len(dy), inputs + len(a), dy))
+            dx, self.d_inner[product] = torch.split(both, [inputs, len(a)], -1)
         else:
             joined = frozen.below is not None and wanted and not masks
             both = rows.whole[:, dy.shape[1] :] if joined and rows.whole is not None else dy.new_empty(len(dy), len(a))

@@ -50,6 +50,12 @@ class Want:
 PLAIN = Want()
 
 
+def aligned(rows: int, columns: int, like: Tensor) -> Tensor:
+    """An empty matrix whose rows begin at multiples of 128 bytes: an H100 multiplies others up to 7 % slower."""
+    step = 128 // like.element_size()
+    return like.new_empty(rows, -(-columns // step) * step)[:, :columns]
+
+
 def rows(x: Tensor, want: Want) -> Rows:
     """A matrix in the forms that are wanted."""
     values, scale = quantise(x) if want.fp8 else (None, None)
