@@ -1,6 +1,6 @@
 """The passes of an update, forward and backward; a short one as one CUDA graph.
 
-A pass of two hundred tokens is three thousand small kernels: launching them takes the CPU longer
+A pass of two hundred tokens is over a thousand small kernels: launching them takes the CPU longer
 than running them takes the card. Here a pass is captured once for each length, in steps of 64
 tokens, and replayed with other rows. What fills a pass up to its length is a row of its own that
 carries no label.
