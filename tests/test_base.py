@@ -189,3 +189,13 @@ def test_a_fingerprint_tells_bases_apart(tiny_base: Path, copied: Path, tmp_path
     config = json.loads((copied / "config.json").read_text()) | {"rope_theta": 1.0}
     (copied / "config.json").write_text(json.dumps(config))
     assert same.fingerprint() != one.fingerprint()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"weight_map": 3}', '{"weight_map"'])
+def test_a_damaged_index_of_the_weights_is_told(copied: Path, content: str) -> None:
+    files = base.BaseFiles("base", copied, "local")
+    assert files.shards() == 1
+    (copied / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(InputError) as refusal:
+        files.shards()
+    assert "model.safetensors.index.json" in str(refusal.value.where)

@@ -9,6 +9,7 @@ python -m pytest tests/test_cli.py -v
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -164,6 +165,34 @@ def test_init_to_where_no_file_can_be(tuneship_: Callable[..., Finished], target
 )
 def test_a_name_that_is_too_long(tuneship_: Callable[..., Finished], argv: list[str]) -> None:
     assert len(refused(tuneship_(*argv), 2, "the name is too long", "name a shorter one")) < 200
+
+
+@pytest.mark.parametrize("argv", [["init"], ["init", "--json"], ["--version"], ["--help"]], ids=" ".join)
+def test_output_that_has_no_room_is_one_message(argv: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "tuneship", *argv], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[0] == "error: what was to be printed cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr and "ignored" not in done.stderr
+
+
+def test_a_character_that_the_terminal_lacks_is_printed_as_an_escape(trained: Path, tmp_path: Path) -> None:
+    trained.rename(tmp_path / "été")
+    done = subprocess.run(
+        [sys.executable, "-m", "tuneship", "report", str(tmp_path / "été")],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"}, capture_output=True, encoding="ascii", check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("/\\xe9t\\xe9/report.html\n")
+
+
+@pytest.mark.parametrize("change", ["lora.layers_to_transform=[9]", "lora.target_modules=[x_proj]"])
+def test_plan_refuses_an_adapter_that_the_base_has_no_place_for(
+    tuneship_: Callable[..., Finished], recipe: Callable[..., Path], change: str
+) -> None:
+    refused(tuneship_("plan", recipe(), "--set", change), 2, "where: " + change.split("=")[0])
 
 
 @pytest.mark.parametrize("size", ["inf", "-inf", "nan", "0", "-1", "1e300"])

@@ -284,17 +284,18 @@ def test_bad_rows_are_told_before_a_base_is_looked_for(
         validate(recipe)
 
 
-@pytest.mark.parametrize("missing", ["tokenizer.json", "eos"])
+@pytest.mark.parametrize("missing", ["tokenizer.json", "eos", "settings"])
 def test_a_base_without_a_whole_tokenizer_is_told(
     make_recipe: MakeRecipe, tiny_base: Path, tmp_path: Path, missing: str
 ) -> None:
     folder = Path(shutil.copytree(tiny_base, tmp_path / "base"))
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    if missing == "eos":
-        del config["eos_token"]
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    else:
+    if missing == "tokenizer.json":
         (folder / missing).unlink()
+    else:
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["eos_token"]
+        # Without any, it is taken for another model's, whose special tokens this vocabulary lacks.
+        (folder / "tokenizer_config.json").write_text(json.dumps(config if missing == "eos" else {}))
     with pytest.raises(InputError, match="tokenizer"):
         opened(make_recipe(model={"model_name_or_path": str(folder)}), tmp_path / "run")
 

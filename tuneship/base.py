@@ -20,6 +20,7 @@ from typing import Any
 
 from tuneship import hub
 from tuneship.console import say
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError, OutsideError
 from tuneship.recipe import Model
 
@@ -92,7 +93,8 @@ class BaseFiles:
         index = self.folder / "model.safetensors.index.json"
         if not index.exists():
             return 1
-        return len(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        with guarded(index):
+            return len(set(read_json(index)["weight_map"].values()))
 
     def fingerprint(self) -> str:
         """A sha256 that tells two bases apart in less than a second, whatever their size.
@@ -190,10 +192,12 @@ def load_tokenizer(files: BaseFiles) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(files.folder)
+        # Some damage shows only at a character that no vocabulary has.
+        tokenizer(["\ue000"], add_special_tokens=False)
     except Exception as error:  # whatever transformers and tokenizers stumble over
         raise InputError(
             f"the base has no tokenizer that can be read: {' '.join(str(error).split()):.200}",
-            where=str(files.folder / "tokenizer.json"),
+            where=f"{files.folder}: tokenizer.json, tokenizer_config.json",
             fix=files.restored,
         ) from error
     if tokenizer.eos_token_id is None:

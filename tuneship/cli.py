@@ -6,7 +6,6 @@ imports only what it needs: `tuneship --help` loads no torch, no transformers, n
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -21,8 +20,9 @@ import typer
 
 import tuneship
 from tuneship import cli_gke
-from tuneship.console import say
+from tuneship.console import print_anything, say
 from tuneship.credentials import redact
+from tuneship.damage import of_system
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 
 app = typer.Typer(
@@ -48,11 +48,14 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Runs the command line; an error becomes one message and an exit code."""
+    print_anything()
     try:
         # What a verb exits with comes back as a number from some releases of typer, and is raised by others.
         code = app(standalone_mode=False)
         if code == INTERRUPTED:
             say("interrupted")
+        # Here a full disk can be said; at the interpreter's end it would be a traceback.
+        sys.stdout.flush()
         if code:
             sys.exit(code)
     except TuneshipError as error:
@@ -70,9 +73,7 @@ def main() -> None:
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(2)
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            # Whatever it should have named: no file is called so.
-            wrong = InputError("the name is too long", where=f"{error.filename!s:.60}…", fix="name a shorter one")
+        if isinstance(error, OSError) and (wrong := of_system(error)):
             say(f"error: {redact(str(wrong))}")
             sys.exit(wrong.exit_code)
         # A defect: its traceback is what a report needs, without tokens.
@@ -153,12 +154,13 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Say what training will take of a card's memory, and of a pod's disk and memory, without reading weights."""
-    from tuneship import base, memory
+    from tuneship import base, memory, model
 
     recipe = _recipe(target, overrides)
     accelerator = recipe.cluster.accelerator
     card = memory.card(accelerator, card_gb)
     files = base.resolve(recipe.model, weights=False)
+    model.check_lora(files, recipe.lora)
     result = memory.plan(recipe, files.config, card=card, shards=files.shards())
     if as_json:
         print(json.dumps(result))

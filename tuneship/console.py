@@ -5,6 +5,7 @@ Everything here goes to stderr; stdout belongs to results, so that `--json` can 
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +17,12 @@ PLAIN_SECONDS = 10.0
 def say(line: str) -> None:
     """One line of what is going on."""
     print(line, file=sys.stderr, flush=True)
+
+
+def print_anything() -> None:
+    """Lets stdout write the escape of a character that its encoding lacks: an old locale must not end a verb."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class Progress:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,25 @@ def parse_json(content: bytes, file: Path, place: str = "") -> Any:
         raise InputError(f"not JSON: {error}", where=f"{file}{place}", fix=remake(file)) from error
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def of_system(error: OSError) -> TuneshipError | None:
+    """An error that any verb may meet anywhere, as one message; None where it is another."""
+    if error.errno == errno.ENAMETOOLONG:
+        # Whatever it should have named: no file is called so.
+        return InputError("the name is too long", where=f"{error.filename!s:.60}…", fix="name a shorter one")
+    if error.errno in _FULL and error.filename is None:
+        # What is still in the buffer would be tried again at the interpreter's end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OutsideError(
+            f"what was to be printed cannot be written: {error.strerror}",
+            where="standard output",
+            fix="free some room where it goes to, and run the same command again",
+        )
+    return None
+
+
 @contextmanager
 def full_disk(path: Path) -> Iterator[None]:
     """Whatever a stage was writing when the disk was full: said in one line, not by a traceback."""
@@ -94,7 +114,7 @@ def full_disk(path: Path) -> Iterator[None]:
         # safetensors' error is no OSError and has no number, but says it.
         said = re.search(r"os error (\d+)", str(error))
         number = error.errno if isinstance(error, OSError) else int(said.group(1)) if said else None
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if number not in _FULL:
             raise
         raise OutsideError(
             f"the disk is full: {os.strerror(number)}; {shutil.disk_usage(path).free} bytes are free",
