@@ -161,7 +161,7 @@ class _Layer(torch.autograd.Function):
             kept = _forward(x, ctx.layer, ctx.of, low, ctx.masks, ctx.at)[1]
         d_out, wanted = gradients[0].contiguous(), ctx.needs_input_grad[0]
         dx = _backward(d_out, x, kept, ctx.layer, ctx.of, low, ctx.masks, ctx.at, wanted)
-        return dx, None, None, None, None, None, *low.gradients
+        return dx, None, None, None, None, None, *low.gradients()
 
 
 def _forward(

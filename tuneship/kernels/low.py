@@ -108,7 +108,8 @@ class Low:
         self.inner: dict[str, Tensor] = {}
         """Product → x·Aᵀ of its adapters side by side, from the way forward."""
         self.d_inner: dict[str, Tensor] = {}
-        self.gradients: list[Tensor | None] = [None] * len(side.parameters)
+        self._noted: dict[int, Tensor] = {}
+        """Parameter's index → its gradient, B's before the scale."""
 
     def of(self, product: str) -> list[int]:
         """The adapters of a product, in the order of its outputs."""
@@ -211,10 +212,16 @@ class Low:
         else:
             d_a = self._parts(product, _product(both, x), 0)
         for index, gradient in d_a:
-            self.gradients[2 * index] = gradient
+            self._noted[2 * index] = gradient
         for index, inner in self._parts(product, self.inner[product], -1):
-            d_b = _product(self._outputs(index, dy).t(), inner)
-            self.gradients[2 * index + 1] = d_b.mul_(self.side.adapters[index].scale)
+            self._noted[2 * index + 1] = _product(self._outputs(index, dy).t(), inner)
+
+    def gradients(self) -> list[Tensor]:
+        """Of all parameters, in their order; once, after every product's are noted."""
+        found = [self._noted[index] for index in range(len(self.side.parameters))]
+        if found:
+            torch._foreach_mul_(found[1::2], [adapter.scale for adapter in self.side.adapters])
+        return found
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
