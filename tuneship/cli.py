@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import traceback
@@ -110,7 +111,7 @@ def init(
         width = max(map(len, about))
         for key, line in about.items():
             print(f"{key:{width}}  {line}")
-        _next("tuneship init tiny my.yaml, then tuneship validate my.yaml")
+        say("next: tuneship init tiny my.yaml, then tuneship validate my.yaml")
         return
     source = recipe.find(name)
     target = target or Path(f"{source.stem}.yaml")
@@ -126,7 +127,7 @@ def init(
             f"the file cannot be written: {error.strerror}", where=str(target), fix="name another"
         ) from error
     say(f"copied {name} to {target}")
-    _next(f"tuneship validate {target}")
+    _next("validate", target)
 
 
 @app.command()
@@ -141,7 +142,7 @@ def validate(target: Target, overrides: Overrides = None, as_json: AsJson = Fals
     for line in prepare.summary(counts):
         print(line)
     print("the recipe and its data are good")
-    _next(f"tuneship run {target}")
+    _next("run", target, overrides=overrides)
 
 
 @app.command()
@@ -171,7 +172,7 @@ def plan(
     print(f"a pass holds {result['tokens_per_pass']:,} tokens; a layer keeps {result['keep']}")
     for part, asked in (("disk", recipe.cluster.disk_mb), ("memory", recipe.cluster.memory_mb)):
         print(f"a pod's {part}: {result[f'{part}_bytes'] / 1e9:.0f} GB of the {asked / 1e3:.0f} it asks for")
-    _next(f"tuneship run {target}")
+    _next("run", target, overrides=overrides)
 
 
 @app.command()
@@ -183,7 +184,7 @@ def prepare(
 
     with _opened(target, run, overrides, fresh) as opened:
         result = prepare(opened)
-    _done(result, as_json, f"tuneship train {target}{_run_flag(run)}")
+    _done(result, as_json, "train", target, run, overrides)
 
 
 @app.command()
@@ -200,7 +201,7 @@ def train(
         prepare(opened)
         result = train(opened)
     say(f"adapter: {result.adapter} ({result.updates} updates, loss {result.loss:.3f})")
-    _done(asdict(result), as_json, f"tuneship evaluate {target}{_run_flag(run)}")
+    _done(asdict(result), as_json, "evaluate", target, run, overrides)
 
 
 @app.command()
@@ -210,7 +211,7 @@ def evaluate(target: Target, run: RunOption = None, overrides: Overrides = None,
 
     with _opened(target, run, overrides, there=True) as opened:
         result = evaluate(opened)
-    _done(result, as_json, f"tuneship report {target}{_run_flag(run)}")
+    _done(result, as_json, "report", target, run, overrides)
     _check_gate(result, str(opened.evaluation_file))
 
 
@@ -221,7 +222,7 @@ def export(target: Target, run: RunOption = None, overrides: Overrides = None, a
 
     with _opened(target, run, overrides, there=True) as opened:
         result = export(opened)
-    _done(result, as_json, f"tuneship serve {opened.path}")
+    _done(result, as_json, "serve", opened.path)
 
 
 @app.command()
@@ -238,7 +239,7 @@ def publish(
 
     with _opened(target, run, overrides, there=True) as opened:
         result = publish(opened, update=update, force=force)
-    _done(result, as_json, f"tuneship serve {opened.path}")
+    _done(result, as_json, "serve", opened.path)
 
 
 @app.command()
@@ -348,7 +349,8 @@ def run_flow(
 
     folder = _folder(target, run, resolved)
     result = launch.run_flow(resolved, folder, fresh=fresh)
-    _done(result, as_json, f"tuneship serve {folder}, or open {folder}/report.html")
+    say(f"report: {folder}/report.html")
+    _done(result, as_json, "serve", folder)
     _check_gate(result, f"{folder}/evaluation.json")
 
 
@@ -392,14 +394,10 @@ def _folder(target: str, run: Path | None, recipe: Any) -> Path:
     return run or Path("runs") / recipe.name
 
 
-def _run_flag(run: Path | None) -> str:
-    return f" --run {run}" if run else ""
-
-
-def _done(result: Any, as_json: bool, then: str) -> None:
+def _done(result: Any, as_json: bool, verb: str, target: str | Path, *options: Any) -> None:
     if as_json:
         print(json.dumps(result))
-    _next(then)
+    _next(verb, target, *options)
 
 
 def _check_gate(evaluation: dict[str, Any], where: str) -> None:
@@ -411,8 +409,11 @@ def _check_gate(evaluation: dict[str, Any], where: str) -> None:
         )
 
 
-def _next(then: str) -> None:
-    say(f"next: {then}")
+def _next(verb: str, target: str | Path, run: Path | None = None, overrides: list[str] | None = None) -> None:
+    """Says what to run next, so that a shell takes it as it stands."""
+    changes = [word for change in overrides or () for word in ("--set", change)]
+    argv = ["tuneship", verb, str(target), *(("--run", str(run)) if run else ()), *changes]
+    say(redact(f"next: {shlex.join(argv)}"))
 
 
 if __name__ == "__main__":
