@@ -171,21 +171,10 @@ def _to_folder(parcel: Path, destination: str, update: bool) -> str:
     sent = storage.upload(parcel, destination, leave={PROVENANCE})
     # Before the mark: until it is replaced, the old one lists them as ours.
     for name in sorted(stale):
-        _remove(f"{root}/{name}")
+        storage.remove(f"{root}/{name}")
     sent += storage.put(parcel / PROVENANCE, f"{root}/{PROVENANCE}")
     say(f"published to {destination}" if sent else f"already published: {destination}")
     return sha256_file(parcel / PROVENANCE)
-
-
-def _remove(uri: str) -> None:
-    if storage.is_remote(uri):
-        with storage._errors(uri):
-            storage._blob(uri).delete()
-        return
-    try:
-        Path(uri).unlink(missing_ok=True)
-    except OSError as error:
-        raise OutsideError(f"the file cannot be removed: {error.strerror}", where=uri) from error
 
 
 # --- the Hub ----------------------------------------------------------------------------------

@@ -156,8 +156,23 @@ def delete(uri: str) -> None:
         shutil.rmtree(uri, ignore_errors=True)
         return
     for name in listing(uri):
+        remove(f"{uri.rstrip('/')}/{name}")
+
+
+def remove(uri: str) -> None:
+    """Removes one file that is at a URI (or a path).
+
+    Raises:
+        OutsideError: the storage refuses, or the file cannot be removed.
+    """
+    if is_remote(uri):
         with _errors(uri):
-            _blob(f"{uri.rstrip('/')}/{name}").delete()
+            _blob(uri).delete()
+        return
+    try:
+        Path(uri).unlink(missing_ok=True)
+    except OSError as error:
+        raise OutsideError(f"the file cannot be removed: {error.strerror}", where=uri) from error
 
 
 def _send(file: Path, uri: str) -> int:
