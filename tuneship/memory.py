@@ -35,7 +35,7 @@ CARDS = {
 }
 # A pass below this many tokens leaves the card waiting for its memory; then a layer keeps less instead.
 _FEW_TOKENS = 4096
-_KEEPS: tuple[Keep, ...] = ("all", "most", "input")
+_LESS: tuple[Keep, ...] = ("most", "some", "input")
 # What the allocator cannot use because of its shape, and other processes' small change.
 _MARGIN = 0.95
 # Of the pod's disk: rows, tokens, logs, compiled kernels.
@@ -103,6 +103,8 @@ class Needs:
     adapters: int
     """Adapters in one layer, at most."""
     rank: int
+    down: bool
+    """Whether one of them is the down projection's."""
     mask_bytes: int
     """Of dropout's masks in one layer, a token: kept whatever else is."""
 
@@ -120,7 +122,8 @@ class Needs:
         tuned = layers if lora.layers_to_transform is None else len(lora.layers_to_transform)
         each = sum(lora.r * (outputs + width) for outputs, width in linears.values())
         masks = sum(width for _, width in linears.values()) if lora.lora_dropout else 0
-        return cls(shape, layers, int(config["vocab_size"]), precision, tuned * each, len(linears), lora.r, masks)
+        down = "down_proj" in linears
+        return cls(shape, layers, int(config["vocab_size"]), precision, tuned * each, len(linears), lora.r, down, masks)
 
     @property
     def weights(self) -> int:
@@ -142,12 +145,13 @@ class Needs:
         layer_input = element * shape.width
         gate_up = element * 2 * shape.feed_forward
         inner = element * self.rank * self.adapters
-        most = element * (3 * shape.width + 2 * queries + 2 * keys) + numbers + inner
-        kept = {"all": layer_input + most + gate_up, "most": layer_input + most, "input": layer_input}[keep]
+        active = element * shape.feed_forward if self.down else 0
+        some = element * (3 * shape.width + 2 * queries + 2 * keys) + numbers + inner
+        kept = layer_input + {"all": some + gate_up + active, "most": some + gate_up, "some": some, "input": 0}[keep]
         # gelu's gradient: of the gate's output, of gate and up, the active values, gate and up again.
-        layer = element * (6 * shape.feed_forward + 6 * shape.width) + (0 if keep == "all" else gate_up)
+        layer = element * (6 * shape.feed_forward + 6 * shape.width) + (0 if keep in ("all", "most") else gate_up)
         if keep == "input":
-            layer += most
+            layer += some
         if self.precision == "fp8":
             layer += 2 * shape.feed_forward + shape.width
         unpacked = element * 2 * shape.feed_forward * shape.width if self.precision == "nf4" else 0
@@ -163,15 +167,17 @@ class Needs:
 def fit(needs: Needs, *, tokens: int, longest: int, free: int) -> Fit:
     """How a pass of at most `tokens` runs in `free` bytes: as much kept as there is room for.
 
-    A layer keeps less before a pass becomes short; below that, passes become as short as the
-    longest row.
+    All is kept where the whole pass holds it. A layer keeps less before a pass becomes short; below that,
+    passes become as short as the longest row.
 
     Raises:
         InputError: even a pass of the longest row does not fit; it says what would.
     """
     room = int(free * _MARGIN)
+    if (whole := needs.memory(tokens, "all")).total <= room:
+        return Fit(tokens, "all", whole)
     for least in (min(tokens, max(longest, _FEW_TOKENS)), longest):
-        for keep in _KEEPS:
+        for keep in _LESS:
             if (held := _tokens(needs, keep, tokens, room)) >= least:
                 return Fit(held, keep, needs.memory(held, keep))
     raise InputError(

@@ -133,14 +133,19 @@ def test_other_precisions_are_as_far_as_their_bits(files: BaseFiles, precision: 
     assert share(flat(gradients), flat(exact)) < at_most
 
 
-@pytest.mark.parametrize("keep", ["most", "input"])
+@pytest.mark.parametrize("keep", ["most", "some", "input"])
 def test_what_a_layer_keeps_changes_nothing(files: BaseFiles, keep: Any) -> None:
     model = loaded(files, "bfloat16")
     loss, gradients = loss_and_gradients(model)
     model.keep = keep
     again, others = loss_and_gradients(model)
     assert again == loss
-    assert all(torch.equal(others[name], gradient) for name, gradient in gradients.items())
+    for name, gradient in gradients.items():
+        # What is computed by one kernel on the way forward and by another on the way back may round otherwise.
+        same = (
+            share(others[name], gradient) < 1e-3 if "down_proj.lora_A" in name else torch.equal(others[name], gradient)
+        )
+        assert same, name
 
 
 def test_a_captured_pass_is_the_pass(files: BaseFiles) -> None:

@@ -5,6 +5,7 @@ python -m pytest tests/kernels/test_gemma2.py -v
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import get_args
 
@@ -102,7 +103,7 @@ def test_no_row_sees_another(files: BaseFiles) -> None:
 def test_what_is_kept_is_what_was_asked_for(files: BaseFiles) -> None:
     rows = tiny.rows(LENGTHS)
     sizes = {}
-    for keep in KEEPS:
+    for keep, name in itertools.product(KEEPS, ("q,v", "all seven")):
         kept: dict[int, int] = {}
 
         def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
@@ -110,12 +111,14 @@ def test_what_is_kept_is_what_was_asked_for(files: BaseFiles) -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            states = states_of(by_hand(files, LORAS["q,v"], keep=keep), rows)
+            states = states_of(by_hand(files, LORAS[name], keep=keep), rows)
         states.sum().backward()
-        sizes[keep] = sum(kept.values())
-    gate_up = 3 * sum(LENGTHS) * 2 * 48 * 4
-    assert sizes["all"] - sizes["most"] == gate_up
-    assert sizes["input"] < sizes["most"] - gate_up
+        sizes[keep, name] = sum(kept.values())
+    active = 3 * sum(LENGTHS) * 48 * 4
+    for name, more in (("q,v", 0), ("all seven", active)):
+        assert sizes["all", name] - sizes["most", name] == more
+        assert sizes["most", name] - sizes["some", name] == 2 * active
+        assert sizes["input", name] < sizes["some", name] - 2 * active
 
 
 class _OneWay(Plain):
@@ -198,7 +201,7 @@ def test_the_same_masks_on_the_way_back_whatever_is_kept(files: BaseFiles) -> No
 @pytest.mark.parametrize("name", LINEARS)
 def test_gradients_under_dropout_are_the_slope_of_the_loss(files: BaseFiles, name: str) -> None:
     lora = DROPPED.model_copy(update={"target_modules": (name,)})
-    model, rows = by_hand(files, lora, keep="most"), tiny.rows(LENGTHS)
+    model, rows = by_hand(files, lora, keep="some"), tiny.rows(LENGTHS)
     torch.manual_seed(7)
     found = gradients(model, rows)
     # Along the gradient itself the slope is its length.

@@ -4,8 +4,8 @@ Autograd would keep what it does not need, compute gradients nobody wants, and l
 kernels where one will do. Here a layer is one function with a backward of its own: the queries,
 keys and values are one product, gate and up are one, the norms, the gate and the rotary embedding
 are fused with the quantisation that the next product needs, and attention visits only what a row
-can see. What is kept for the way back is chosen (`keep`): everything, all but the feed-forward's
-gate, or the layer's input alone.
+can see. What is kept for the way back is chosen (`keep`): everything, all but the active values that
+an adapter of the down projection reads, all but the feed-forward's gate too, or the layer's input alone.
 
 The arithmetic is transformers' Gemma2ForCausalLM: soft-capped attention, alternating sliding
 windows, four norms a layer with 1 + weight, tanh-gelu.
@@ -24,7 +24,9 @@ from tuneship.kernels.frozen import Frozen
 from tuneship.kernels.low import Low, Side
 from tuneship.kernels.reference import PLAIN, Bounds, Rows, Want
 
-Keep = Literal["all", "most", "input"]
+Keep = Literal["all", "most", "some", "input"]
+# What each leaves out, to be made again on the way back.
+_LEFT_OUT: dict[Keep, tuple[str, ...]] = {"all": (), "most": ("active",), "some": ("active", "gate_up")}
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,7 @@ class _Layer(torch.autograd.Function):
             masks = {n: low.masks(n, x.new_empty(sizes[n], width)) for n, width in layer.shape.inputs.items()}
         out, kept = _forward(x, layer, of, low, masks, at)
         kept |= {f"inner {product}": tensor for product, tensor in low.inner.items()}
-        if keep == "input":
-            kept = {}
-        elif keep == "most":
-            kept = {name: tensor for name, tensor in kept.items() if name != "gate_up"}
+        kept = {} if keep == "input" else {name: t for name, t in kept.items() if name not in _LEFT_OUT[keep]}
         ctx.layer, ctx.of, ctx.low, ctx.masks, ctx.at = layer, of, low, masks, at
         # Saved below, or made again.
         low.inner = {}
@@ -189,6 +188,7 @@ def _forward(
     down = low.forward("down", products["down"], active, masks.get("down", {}))
     out, r_down = ops.add_norm(middle, down, layer.norms["post_feedforward"], shape.eps)
     return out, {
+        **({"active": active.plain} if low.of("down") else {}),
         "r_input": r_input,
         "qkv": qkv,
         "attended": attended,
@@ -235,8 +235,10 @@ def _backward(
         d_out, kept["down"], norms["post_feedforward"], kept["r_down"], None, _want(layer, low, "down", room=True)
     )
     d_active = low.backward("down", products["down"], d_down, masks.get("down", {}))
-    d_gate_up, active = ops.gelu_backward(d_active, gate_up, _want(layer, low, "gate_up"), bool(low.of("down")))
-    low.note("down", active, d_down.plain, masks.get("down", {}))
+    active = kept.get("active")
+    missing = active is None and bool(low.of("down"))
+    d_gate_up, again = ops.gelu_backward(d_active, gate_up, _want(layer, low, "gate_up"), missing)
+    low.note("down", again if missing else active, d_down.plain, masks.get("down", {}))
     d_hidden = low.backward("gate_up", products["gate_up"], d_gate_up, masks.get("gate_up", {}))
     hidden = torch.empty_like(middle) if low.of("gate_up") else None
     d_middle, d_projected = ops.norm_norm_backward(

@@ -138,7 +138,7 @@ def gelu_backward(dy: Tensor, gate_up: Tensor, want: Want = PLAIN, active: bool 
     slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * gate.pow(2))
     half = 0.5 * gate * (1 + t)
     gradient = torch.cat([dy.float() * up * slope, dy.float() * half], -1).to(gate_up.dtype)
-    return rows(gradient, want), (half * up).to(gate_up.dtype) if active else None
+    return rows(gradient, want), gelu(gate_up).plain if active else None
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
