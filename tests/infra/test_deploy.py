@@ -140,6 +140,15 @@ def test_an_adapter_on_the_hub(run: Path, target: Target, tmp_path: Path, hub: f
     assert journal.is_run(tmp_path / "models" / served.serving)
 
 
+@pytest.mark.parametrize("content", [b"{}", b"[1]", b'{"recipe"'])
+def test_a_damaged_adapter_on_the_hub_is_told(run: Path, target: Target, hub: fake_hub.Hub, content: bytes) -> None:
+    files = {file.name: file.read_bytes() for file in (run / "adapter").iterdir()}
+    commit = hub.add("me/sql", {**files, "tuneship.json": content}, private=True).head.sha
+    with pytest.raises(InputError) as refusal:
+        deploy(f"hf://me/sql@{commit}", target, force="measured elsewhere")
+    assert str(refusal.value.where).endswith("/adapter/tuneship.json")
+
+
 @pytest.mark.parametrize("uri", ["hf://me/sql", "hf://me/sql@main", f"hf://me/../sql@{'0' * 40}", f"hf://@{'0' * 40}"])
 def test_a_hub_adapter_is_named_with_its_commit(uri: str, target: Target) -> None:
     with pytest.raises(InputError, match="named as hf://USER/NAME@COMMIT"):
@@ -283,6 +292,16 @@ def test_a_run_without_an_adapter_is_told(run: Path, target: Target) -> None:
     shutil.rmtree(run / "adapter")
     with pytest.raises(InputError, match="no adapter model yet"):
         deploy(str(run), target)
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"base": "x"}', '{"base": {"name": "x"}}', '{"base": {'])
+@pytest.mark.parametrize("file", ["tuneship.json", "adapter_config.json"])
+def test_a_damaged_adapter_is_told(run: Path, target: Target, kubectl: Kubectl, file: str, content: str) -> None:
+    (run / "adapter" / file).write_text(content)
+    with pytest.raises(InputError) as refusal:
+        deploy(str(run), target)
+    assert str(refusal.value.where) == str(run / "adapter" / file)
+    assert not kubectl.changes
 
 
 def test_another_model_is_not_put_in_this_ones_place(run: Path, target: Target) -> None:

@@ -39,7 +39,7 @@ from tuneship.cluster.outputs import Outputs
 from tuneship.cluster.render import Files
 from tuneship.cluster.served import CONFIG_MAP, Adapter, Served, Settings
 from tuneship.console import say
-from tuneship.damage import read_json
+from tuneship.damage import guarded, read_json
 from tuneship.errors import GateError, InputError, OutsideError
 from tuneship.journal import PROVENANCE, Run, sha256_file
 
@@ -191,19 +191,24 @@ def _opened(where: str, merged: bool) -> Iterator[tuple[Run, str | None]]:
 
 
 def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | None, force: str) -> Adapter:
-    base = read_json(part / PROVENANCE)["base"]
+    with guarded(part / PROVENANCE):
+        base = read_json(part / PROVENANCE)["base"]
+        name, revision = str(base["name"]), str(base["revision"])
     merged = part == run.merged
-    if not merged and settings.base is None and not (hub.is_id(base["name"]) and "/" in base["name"]):
+    if not merged and settings.base is None and not (hub.is_id(name) and "/" in name):
         raise InputError(
             "the base is not on the Hub, so the pods cannot have it",
-            where=base["name"],
+            where=name,
             fix="bring it into the bucket as safetensors, and name it with --base gs://BUCKET/…",
         )
-    rank = 0 if merged else read_json(part / "adapter_config.json")["r"]
+    rank = 0
+    if not merged:
+        with guarded(part / "adapter_config.json"):
+            rank = int(read_json(part / "adapter_config.json")["r"])
     return Adapter(
         uri=uri,
-        base=base["name"],
-        revision=base["revision"],
+        base=name,
+        revision=revision,
         rank=rank,
         merged=merged,
         contract=sha256_file(part / prompt.FILE),

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from tuneship import hub, storage
-from tuneship.damage import read_json
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError, TuneshipError
 from tuneship.journal import PROVENANCE, sha256_file, write_json
 
@@ -60,7 +60,9 @@ def _from_hub(uri: str, folder: Path) -> None:
         raise InputError("an adapter on the Hub is named as hf://USER/NAME@COMMIT", where=uri)
     found = Path(hub.download(repository, commit, patterns=["*.json", "*.safetensors"]))
     shutil.copytree(found, folder / "adapter")
-    write_json(folder / "recipe.json", read_json(folder / "adapter" / PROVENANCE)["recipe"])
+    facts = folder / "adapter" / PROVENANCE
+    with guarded(facts):
+        write_json(folder / "recipe.json", read_json(facts)["recipe"])
 
 
 def digest(part: Path) -> str:
