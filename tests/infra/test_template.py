@@ -19,7 +19,7 @@ from hera.workflows.models import WorkflowTemplate
 from small_cloud import Cloud, serving
 
 from tuneship import recipe as recipes
-from tuneship.cluster import argo, template
+from tuneship.cluster import argo, commands, template
 from tuneship.cluster.kept import place
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.recipe import Cluster
@@ -222,6 +222,16 @@ def test_a_dry_run_reaches_for_nothing(cloud: Cloud, kubectl: fake_tools.Tools) 
     nowhere = cloud.environment | {"METAFLOW_SERVICE_URL": "http://127.0.0.1:9"}
     assert argo.submit(sql(), dry_run=True, environ=nowhere) == "gemma2-9b-a100-XXXXX"
     assert kubectl.calls == [] and len(cloud.objects) == before
+
+
+def test_whoever_submits_has_a_name(cloud: Cloud, kubectl: fake_tools.Tools) -> None:
+    """In a container one is root, whom Metaflow takes for nobody."""
+    kubectl.answer("get secrets", out="secret/hf-token\n")
+    names = ("METAFLOW_USER", "USER", "USERNAME")
+    nobody = {key: value for key, value in cloud.environment.items() if key not in names}
+    assert argo.submit(sql(), environ=nobody)
+    template = cloud.template("gemma2-9b-a100")
+    assert template["metadata"]["annotations"]["metaflow/owner"] == commands.metaflow_user({})
 
 
 def test_another_users_template_is_not_replaced(cloud: Cloud, kubectl: fake_tools.Tools, tmp_path: Path) -> None:
