@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -64,6 +65,8 @@ def load(
     models.check_architecture(files)
     device = device or models.pick_device()
     if device.type == "cuda":
+        # Passes differ in length, and the blocks of one would not fit the next. Read at the first allocation.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         precision = "bfloat16" if precision == "auto" else precision
         check_card(precision, device)
     if device.type == "cuda" and files.config["model_type"] == "gemma2":
