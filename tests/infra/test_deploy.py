@@ -146,7 +146,7 @@ def test_a_damaged_adapter_on_the_hub_is_told(run: Path, target: Target, hub: fa
     commit = hub.add("me/sql", {**files, "tuneship.json": content}, private=True).head.sha
     with pytest.raises(InputError) as refusal:
         deploy(f"hf://me/sql@{commit}", target, force="measured elsewhere")
-    assert str(refusal.value.where).endswith("/adapter/tuneship.json")
+    assert str(refusal.value.where).endswith(f"/{commit}/tuneship.json")
 
 
 @pytest.mark.parametrize("uri", ["hf://me/sql", "hf://me/sql@main", f"hf://me/../sql@{'0' * 40}", f"hf://@{'0' * 40}"])
@@ -304,6 +304,15 @@ def test_a_damaged_adapter_is_told(run: Path, target: Target, kubectl: Kubectl, 
     assert not kubectl.changes
 
 
+@pytest.mark.parametrize("file", ["adapter_config.json", "prompt.json"])
+def test_an_adapter_that_lacks_a_file_is_told(run: Path, target: Target, kubectl: Kubectl, file: str) -> None:
+    (run / "adapter" / file).unlink()
+    with pytest.raises(InputError, match="the file is missing") as refusal:
+        deploy(str(run), target)
+    assert str(refusal.value.where) == str(run / "adapter" / file)
+    assert not kubectl.changes
+
+
 def test_another_model_is_not_put_in_this_ones_place(run: Path, target: Target) -> None:
     deploy(str(run), target)
     recipe = journal.read_json(run / "recipe.json")
@@ -337,9 +346,11 @@ def test_there_is_nothing_to_promote_or_to_go_back_to(run: Path, target: Target)
         roll_back(target)
 
 
-def test_a_damaged_record_is_told(run: Path, target: Target, kubectl: Kubectl) -> None:
-    deploy(str(run), target)
-    (kubectl.folder / "configmap.json").write_text(json.dumps({"record.json": "{}"}))
+@pytest.mark.parametrize("changes", [{"adapters": {}}, {"serving": "x"}, {"previous": "x"}, {"share": "x"}, None])
+def test_a_damaged_record_is_told(run: Path, target: Target, kubectl: Kubectl, changes: Any) -> None:
+    record = deploy(str(run), target).model_dump(mode="json")
+    damaged = [] if changes is None else {**record, **changes}
+    (kubectl.folder / "configmap.json").write_text(json.dumps({"record.json": json.dumps(damaged)}))
     with pytest.raises(InputError, match="record of what is served is damaged"):
         roll_back(target)
 

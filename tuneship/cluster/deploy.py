@@ -205,13 +205,15 @@ def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | 
     if not merged:
         with guarded(part / "adapter_config.json"):
             rank = int(read_json(part / "adapter_config.json")["r"])
+    with guarded(part / prompt.FILE):
+        contract = sha256_file(part / prompt.FILE)
     return Adapter(
         uri=uri,
         base=name,
         revision=revision,
         rank=rank,
         merged=merged,
-        contract=sha256_file(part / prompt.FILE),
+        contract=contract,
         serve=run.recipe.serve,
         score=score,
         forced=force,

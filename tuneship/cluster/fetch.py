@@ -59,10 +59,11 @@ def _from_hub(uri: str, folder: Path) -> None:
     if not hub.is_id(repository) or not re.fullmatch(r"[0-9a-f]{40}", commit):
         raise InputError("an adapter on the Hub is named as hf://USER/NAME@COMMIT", where=uri)
     found = Path(hub.download(repository, commit, patterns=["*.json", "*.safetensors"]))
+    # Where it was downloaded to, not in a copy that is gone when it is told.
+    with guarded(found / PROVENANCE):
+        recipe = read_json(found / PROVENANCE)["recipe"]
     shutil.copytree(found, folder / "adapter")
-    facts = folder / "adapter" / PROVENANCE
-    with guarded(facts):
-        write_json(folder / "recipe.json", read_json(facts)["recipe"])
+    write_json(folder / "recipe.json", recipe)
 
 
 def digest(part: Path) -> str:

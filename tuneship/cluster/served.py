@@ -97,6 +97,13 @@ class Served(_Part):
     history: tuple[str, ...] = ()
     """What was done, the last of it last."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        unknown = {self.serving, self.previous, self.canary} - {None, *self.adapters}
+        if unknown:
+            raise ValueError(f"it names {', '.join(sorted(map(str, unknown)))}, and adapters does not")
+        return self
+
     @property
     def loaded(self) -> dict[str, Adapter]:
         """What the engine has: what is served, and beside it what can be had at once."""
@@ -191,8 +198,9 @@ def parse(text: str, where: str) -> Served:
         return Served.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "record.json"
         raise InputError(
-            f"the record of what is served is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}",
+            f"the record of what is served is damaged: {place}: {first['msg']}",
             where=where,
             fix="tuneship deploy RUN --fresh writes it anew",
         ) from None
