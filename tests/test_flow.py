@@ -22,6 +22,7 @@ from typing import Any
 import fake_hub
 import psutil
 import pytest
+from made_run import make_run, measured
 from samples import sql_rows, tiny_recipe, write_rows
 from zygote import Commands, Finished, Process, until
 
@@ -237,6 +238,31 @@ def test_the_gates_no_publishes_nothing_and_ends_with_4(story: Story) -> None:
     assert steps_started(finished) == STEPS
     assert len(re.findall(r"^error: the gate said no: ", finished.err, re.MULTILINE)) == 1
     assert not (story.place.folder / "elsewhere").exists()
+
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from tuneship import flow, journal
+from tuneship.errors import InputError
+run = journal.read_run(Path(sys.argv[1]))
+for content in sys.argv[2:]:
+    run.evaluation_file.write_text(content)
+    try:
+        flow._publish(run)
+    except InputError as error:
+        print(error.where)
+"""
+
+
+def test_an_evaluation_that_another_pod_left_damaged_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    gateless = json.dumps({**measured(0.8), "rows": []})
+    contents = ["{}", "[]", '{"rows"', gateless, json.dumps({**measured(0.8), "rows": [], "gate": "passed"})]
+    # In a process of its own: importing Metaflow here would warn, and stay.
+    argv = [sys.executable, "-W", "ignore", "-c", PUBLISH, str(run), *contents]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.stderr == "" and done.stdout.splitlines() == [str(run / "evaluation.json")] * len(contents)
 
 
 def test_wrong_input_is_told_once_and_never_tried_again(

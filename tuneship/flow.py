@@ -41,7 +41,7 @@ from metaflow.plugins.argo.argo_workflows import ArgoWorkflows
 from tuneship import recipe as recipes
 from tuneship.cluster import kept, template
 from tuneship.cluster.kept import Kept
-from tuneship.damage import read_json
+from tuneship.damage import guarded
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.journal import Run, open_run, write_json
 from tuneship.recipe import Recipe
@@ -64,14 +64,18 @@ def read_config(text: str) -> dict[str, Any]:
     """A flow config as {"recipe": a resolved recipe, "run": the run's folder}.
 
     Raises:
-        InputError: it is no JSON object, or the recipe is wrong.
+        InputError: it is no JSON object, a value is none that it may have, or the recipe is wrong.
     """
+    fix = 'it is {"recipe": NAME, "image_name": IMAGE, "new_model": NAME}'
     try:
         config = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"the flow's config is not JSON: {error}", where="--config") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the flow's config is not JSON: {error}", where="--config", fix=fix) from None
     if not isinstance(config, dict):
-        raise InputError("the flow's config is no JSON object", where="--config", fix='it is {"recipe": NAME, …}')
+        raise InputError("the flow's config is no JSON object", where="--config", fix=fix)
+    for key, kind in {"recipe": str | dict, "image_name": str, "new_model": str, "run": str}.items():
+        if not isinstance(config.get(key) or "", kind):
+            raise InputError(f"{key} in the flow's config is no text", where="--config", fix=fix)
     image = config.get("image_name")
     named = config.get("recipe") or ("gemma2-9b-a100" if image else "tiny")
     if isinstance(named, dict):
@@ -87,6 +91,15 @@ def read_config(text: str) -> dict[str, Any]:
             tree["publish"]["hub_model_id"] = new_model
     recipe = recipes.validate(tree, where="the flow's config")
     return {"recipe": recipe.model_dump(mode="json"), "run": config.get("run") or f"runs/{recipe.name}"}
+
+
+def _parse_config(text: str) -> dict[str, Any]:
+    """`read_config` for Metaflow, which would show an error of ours as a traceback."""
+    try:
+        return read_config(text)
+    except TuneshipError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 class pods(FlowMutator):
@@ -137,7 +150,7 @@ class Page(MetaflowCardComponent):
 class FinetuneFlow(FlowSpec):
     """Fine-tunes the recipe's base, measures it, and publishes it if it passes the gate."""
 
-    config = Config("config", default_value="{}", parser=read_config, help="recipe, image_name, new_model, run")
+    config = Config("config", default_value="{}", parser=_parse_config, help="recipe, image_name, new_model, run")
 
     @step
     def start(self) -> None:
@@ -188,8 +201,7 @@ class FinetuneFlow(FlowSpec):
 
         with _stage(self) as run:
             if _kept(self):
-                self.evaluation = read_json(run.evaluation_file)
-                del self.evaluation["rows"]
+                self.evaluation = _evaluation(run)
             else:
                 from tuneship.evaluate import evaluate
 
@@ -218,11 +230,20 @@ class FinetuneFlow(FlowSpec):
         print(f"adapter: {self.adapter}")
 
 
+def _evaluation(run: Run) -> dict[str, Any]:
+    """What evaluate wrote, without the answers; another pod may have, and it came through the bucket."""
+    with guarded(run.evaluation_file):
+        facts = run.evaluation()
+        del facts["rows"]
+        bool(facts["gate"]["passed"])
+    return facts
+
+
 def _publish(run: Run) -> dict[str, str]:
     """What was published where; nothing, if the gate has said no."""
     from tuneship.publish import publish
 
-    if not read_json(run.evaluation_file)["gate"]["passed"]:
+    if not _evaluation(run)["gate"]["passed"]:
         return {}
     if run.recipe.publish.merged:
         from tuneship.export import export

@@ -140,6 +140,16 @@ def test_the_tutorials_config_is_read(cloud: Cloud) -> None:
     assert config["recipe"]["cluster"]["image"] == IMAGE
     assert "the flow's config is not JSON" in read("{").stderr
     assert "InputError: the flow's config is no JSON object" in read("[]").stderr
+    assert "InputError: the flow's config is not JSON" in read("[" * 10_000).stderr
+
+
+@pytest.mark.parametrize("content", ['{"recipe": 5}', '{"recipe": "nope"}', '{"new_model": 5}', '{"recipe"'])
+def test_a_wrong_config_is_told_in_one_message(cloud: Cloud, tmp_path: Path, content: str) -> None:
+    config = tmp_path / "finetune_flow_config.json"
+    config.write_text(content)
+    done = metaflow(cloud, "--config", "config", str(config), "show")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and "\n  fix:   " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_spot_and_several_accelerators() -> None:
