@@ -56,6 +56,15 @@ def test_another_profile_is_never_written_over_without_asking(tmp_path: Path) ->
     assert json.loads(file.read_text()) == profile(BUILT)
 
 
+def test_a_profile_that_is_no_text_is_written_over_like_another(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(b"{\xff")
+    with pytest.raises(InputError, match="another Metaflow profile is there"):
+        write_profile(BUILT, file, lambda _: False)
+    write_profile(BUILT, file, lambda _: True)
+    assert json.loads(file.read_text()) == profile(BUILT)
+
+
 def test_port_forwards_that_die_are_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -280,6 +280,14 @@ def test_what_stops_a_submit(
         argo.submit(sql(), environ=cloud.environment | {"KUBECONFIG": os.devnull})
 
 
+@pytest.mark.parametrize("content", ["[1]", '"x"', "null", '{"METAFLOW'])
+def test_a_damaged_profile_is_told(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(InputError) as caught:
+        argo.submit(sql(), environ={"METAFLOW_HOME": str(tmp_path)})
+    assert caught.value.where == str(tmp_path / "config.json") and caught.value.fix
+
+
 def test_what_makes_no_template(tmp_path: Path) -> None:
     config = tmp_path / "finetune_flow_config.json"
     with pytest.raises(InputError, match="no image for the pods") as caught:

@@ -27,7 +27,7 @@ from tuneship.cluster.commands import change, metaflow_user, read
 from tuneship.cluster.image import recorded
 from tuneship.console import say
 from tuneship.credentials import hub_token
-from tuneship.damage import read_json
+from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError, OutsideError
 from tuneship.recipe import Recipe, validate
 
@@ -118,11 +118,14 @@ def _profile(environment: Mapping[str, str]) -> dict[str, Any]:
     home = Path(environment.get("METAFLOW_HOME") or Path.home() / ".metaflowconfig").expanduser()
     named = environment.get("METAFLOW_PROFILE")
     file = home / (f"config_{named}.json" if named else "config.json")
-    settings = read_json(file) if file.exists() else {}
+    settings: dict[str, Any] = {}
+    if file.exists():
+        with guarded(file):
+            settings = dict(read_json(file))
     settings |= {key: value for key, value in environment.items() if key.startswith("METAFLOW_")}
     if settings.get("METAFLOW_DEFAULT_DATASTORE") != "gs":
         raise OutsideError("Metaflow is not set up for the cluster", where=str(file), fix="tuneship connect")
-    return dict(settings)
+    return settings
 
 
 def _reach_metadata(settings: Mapping[str, Any]) -> None:

@@ -91,7 +91,8 @@ def write_profile(built: Outputs, file: Path, confirm: Callable[[str], bool], *,
         InputError: there is another one, and the answer was no.
     """
     text = json.dumps(profile(built), indent=2) + "\n"
-    there = file.read_text(encoding="utf-8") if file.exists() else None
+    # To be shown, whatever is in it.
+    there = file.read_text(encoding="utf-8", errors="replace") if file.exists() else None
     if there == text:
         say(f"{file} is as it should be")
         return
