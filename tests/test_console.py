@@ -115,3 +115,13 @@ def test_without_a_terminal_rich_is_not_loaded() -> None:
     script = f"{SCRIPT}\nimport sys; print('rich' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_lines_of_several_threads_stay_whole() -> None:
+    script = (
+        "import sys, threading\nfrom tuneship.console import say\nsys.setswitchinterval(1e-6)\n"
+        "threads = [threading.Thread(target=lambda c=c: [say(c * 20) for _ in range(2000)]) for c in 'abcd']\n"
+        "[thread.start() for thread in threads]\n[thread.join() for thread in threads]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert sorted(done.stderr.splitlines()) == [c * 20 for c in "abcd" for _ in range(2000)]

@@ -15,8 +15,10 @@ PLAIN_SECONDS = 10.0
 
 
 def say(line: str) -> None:
-    """One line of what is going on."""
-    print(line, file=sys.stderr, flush=True)
+    """One line of what is going on; whole, whatever other threads say at the same time."""
+    # print would write the line's end on its own, and another thread's line could come between.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def print_anything() -> None:
