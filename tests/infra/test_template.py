@@ -195,20 +195,24 @@ def sql() -> recipes.Recipe:
 
 
 def test_submit_deploys_under_the_recipes_name_and_starts_it(
-    cloud: Cloud, kubectl: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch
+    cloud: Cloud, kubectl: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARY)
     kubectl.answer("get secrets", out="secret/hf-token-of-another\n")
     name = argo.submit(sql(), environ=cloud.environment)
     assert name.startswith("gemma2-9b-a100-") and cloud.workflows()[-1]["metadata"]["name"] == name
     assert cloud.template("gemma2-9b-a100")["spec"]["securityContext"]["runAsNonRoot"]
-    secret = json.loads(kubectl.inputs[1])
     assert kubectl.calls[1] == "kubectl create --filename=-"
-    assert secret["stringData"] == {"HF_TOKEN": CANARY} and secret["metadata"] == {
-        "name": "hf-token",
-        "namespace": "argo",
+    assert json.loads(kubectl.inputs[1]) == {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": "hf-token", "namespace": "argo"},
+        "type": "Opaque",
+        "stringData": {"HF_TOKEN": CANARY},
     }
     assert not any(CANARY in call for call in kubectl.calls)
+    said = capsys.readouterr().err
+    assert "$ … the token, as a manifest | kubectl create --filename=-\n" in said and CANARY not in said
 
 
 def test_a_secret_that_is_there_is_left_alone(cloud: Cloud, kubectl: fake_tools.Tools) -> None:
@@ -221,17 +225,23 @@ def test_only_the_hubs_secret_is_made_of_the_hubs_token(
     cloud: Cloud, kubectl: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", CANARY)
-    other = recipes.load("gemma2-9b-a100", overrides=[f"cluster.image={IMAGE}", "cluster.secrets=[database]"])
+    kubectl.answer("get secrets", out="secret/hf-token\n")
+    secrets = "cluster.secrets=[hf-token,database]"
+    other = recipes.load("gemma2-9b-a100", overrides=[f"cluster.image={IMAGE}", secrets])
     with pytest.raises(OutsideError, match="the secret database is not in the cluster") as caught:
         argo.submit(other, environ=cloud.environment)
-    assert "create secret generic database" in caught.value.fix and len(kubectl.calls) == 1
+    assert "create secret generic database" in caught.value.fix and len(kubectl.calls) == 2
 
 
-def test_a_dry_run_reaches_for_nothing(cloud: Cloud, kubectl: fake_tools.Tools) -> None:
+def test_a_dry_run_reaches_for_nothing(
+    cloud: Cloud, kubectl: fake_tools.Tools, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = len(cloud.objects)
     nowhere = cloud.environment | {"METAFLOW_SERVICE_URL": "http://127.0.0.1:9"}
     assert argo.submit(sql(), dry_run=True, environ=nowhere) == "gemma2-9b-a100-XXXXX"
     assert kubectl.calls == [] and len(cloud.objects) == before
+    command = "$ python -m tuneship.flow --config config FILE argo-workflows --name gemma2-9b-a100"
+    assert capsys.readouterr().err.splitlines() == [f"{command} create", f"{command} trigger"]
 
 
 def test_whoever_submits_has_a_name(cloud: Cloud, kubectl: fake_tools.Tools) -> None:
@@ -254,7 +264,7 @@ def test_another_users_template_is_not_replaced(cloud: Cloud, kubectl: fake_tool
     eve |= {"METAFLOW_USER": "eve", "METAFLOW_HOME": str(tmp_path), "METAFLOW_PROFILE": "gke"}
     with pytest.raises(OutsideError, match="another user has deployed a template of this name") as caught:
         argo.submit(sql(), environ=eve)
-    assert "--set name=" in caught.value.fix
+    assert "--set name=" in caught.value.fix and caught.value.where == "gemma2-9b-a100"
 
 
 def test_what_stops_a_submit(
@@ -280,6 +290,70 @@ def test_what_stops_a_submit(
         argo.submit(sql(), environ=cloud.environment | {"KUBECONFIG": os.devnull})
 
 
+NO_ANSWER, NO_SECRET = "the metadata service does not answer", "the secret hf-token is not in the cluster"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "where"),
+    [
+        ({}, NO_SECRET, "namespace team"),
+        ({"METAFLOW_KUBERNETES_NAMESPACE": None}, NO_SECRET, "namespace argo"),
+        ({"METAFLOW_DEFAULT_DATASTORE": "local"}, "Metaflow is not set up for the cluster", "config.json"),
+        ({"METAFLOW_SERVICE_URL": None}, NO_SECRET, "namespace team"),
+        ({"METAFLOW_SERVICE_URL": "nowhere"}, NO_ANSWER, "nowhere"),
+        ({"METAFLOW_SERVICE_URL": "nowhere", "METAFLOW_DEFAULT_METADATA": "local"}, NO_SECRET, "namespace team"),
+    ],
+)
+@pytest.mark.parametrize("by", ["profile", "environment"])
+def test_the_settings_are_the_environments_then_the_profiles(
+    cloud: Cloud,
+    kubectl: fake_tools.Tools,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str | None],
+    what: str,
+    where: str,
+    by: str,
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {key: value for key, value in cloud.environment.items() if key.startswith("METAFLOW_")}
+    settings["METAFLOW_KUBERNETES_NAMESPACE"] = "team"
+    wanted = {key: value for key, value in {**settings, **changes}.items() if value is not None}
+    # Where the environment has them, the profile's are not looked at.
+    profile = wanted if by == "profile" else dict.fromkeys(wanted, "of the profile")
+    (tmp_path / "config.json").write_text(json.dumps(profile))
+    with pytest.raises(OutsideError) as caught:
+        argo.submit(sql(), environ={"METAFLOW_HOME": "~", **({} if by == "profile" else wanted)})
+    assert caught.value.what.startswith(what) and caught.value.where.endswith(where)
+    assert kubectl.calls == [f"kubectl --namespace {where[10:]} get secrets --output=name"] * (what == NO_SECRET)
+
+
+FIVE = "one\ntwo\n\nthree\nfour"
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "what", "where"),
+    [
+        ("create", "Incorrect production token", "another user has deployed a template of this name", "sql"),
+        ("create", "Invalid kube-config file", "Metaflow reaches no cluster", "--name sql create"),
+        ("create", "kubernetes.config.ConfigException", "Metaflow reaches no cluster", "--name sql create"),
+        ("create", "Max retries exceeded with url", "Metaflow reaches no cluster", "--name sql create"),
+        ("create", "Connection refused", "Metaflow reaches no cluster", "--name sql create"),
+        ("trigger", "sql not found", "Argo does not know the template", "sql"),
+        ("create", "x not found", "Metaflow: x not found", "--name sql create"),
+        ("create", FIVE, "Metaflow: two three four", "--name sql create"),
+    ],
+)
+@pytest.mark.parametrize(("stream", "code"), [("stdout", 1), ("stderr", 2)])
+def test_what_metaflow_complains_of(verb: str, said: str, what: str, where: str, stream: str, code: int) -> None:
+    program = f"import sys; sys.{stream}.write({said!r}); sys.exit({code})"
+    options = ["--run-id-file", "run_id"] if verb == "trigger" else []
+    with pytest.raises(OutsideError) as caught:
+        argo._metaflow([sys.executable, "-c", program, "argo-workflows", "--name", "sql", verb, *options], {})
+    assert (caught.value.what, caught.value.where) == (what, where) and caught.value.fix
+
+
 @pytest.mark.parametrize("content", ["[1]", '"x"', "null", '{"METAFLOW'])
 def test_a_damaged_profile_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
@@ -297,6 +371,9 @@ def test_what_makes_no_template(tmp_path: Path) -> None:
         argo.with_image(recipes.load("tiny", overrides=["name=9b"]), config)
     with pytest.raises(InputError, match="at most 45 letters"):
         argo.with_image(recipes.load("tiny", overrides=[f"name={'a' * 46}"]), config)
+    config.write_text('{"image_name": ""}')
+    with pytest.raises(InputError, match="no image for the pods"):
+        argo.with_image(recipes.load("tiny", overrides=[f"name={'a' * 45}"]), config)
     config.write_text("[]")
     with pytest.raises(InputError, match="no JSON object") as caught:
         argo.with_image(recipes.load("tiny"), config)

@@ -94,17 +94,17 @@ def _metaflow(argv: list[str], environment: dict[str, str]) -> None:
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return
-    said = (done.stdout + done.stderr).strip()
+    said, name = (done.stdout + done.stderr).strip(), argv[argv.index("--name") + 1]
     if "Incorrect production token" in said:
         raise OutsideError(
             "another user has deployed a template of this name",
-            where=argv[-1],
+            where=name,
             fix="--set name=… for one of your own, or with their token: argo-workflows create --authorize TOKEN",
         )
     if re.search(r"Invalid kube-config|ConfigException|Max retries exceeded|Connection refused", said):
         raise OutsideError("Metaflow reaches no cluster", where=shlex.join(argv[-3:]), fix="tuneship connect")
     if "not found" in said and "trigger" in argv:
-        raise OutsideError("Argo does not know the template", where=argv[-4], fix="tuneship submit RECIPE creates it")
+        raise OutsideError("Argo does not know the template", where=name, fix="tuneship submit RECIPE creates it")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     raise OutsideError(
         f"Metaflow: {' '.join(lines[-3:])[:400]}",
