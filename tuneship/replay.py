@@ -184,7 +184,7 @@ def fill(packed: Pack, size: int, share: float) -> dict[str, Tensor]:
 
 def run(model: HandModel, inputs: dict[str, Tensor]) -> Tensor:
     """The pass itself, of what `fill` made: its loss; its gradients are added to those that are there."""
-    of = gemma2.batch(inputs["positions"], Bounds(inputs["first"], inputs["last"]), model.shape)
+    of = gemma2.batch(inputs["positions"], Bounds(inputs["first"], inputs["last"], len(inputs["ids"])), model.shape)
     states = model.run(inputs["ids"], of).index_select(0, inputs["labelled"])
     loss = label_loss(states, model.head, inputs["labels"], model.softcap, inputs["shares"])
     # Added all at once: one launch for each parameter is most of what lies between a short pass's products.

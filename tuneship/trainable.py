@@ -194,7 +194,7 @@ def _bounds(layout: Documents, device: torch.device) -> Bounds:
     starts = torch.tensor(layout.bounds, dtype=torch.int32)
     lengths = starts.diff()
     first, last = (to_device(edge.repeat_interleave(lengths), device) for edge in (starts[:-1], starts[1:]))
-    return Bounds(first, last)
+    return Bounds(first, last, int(lengths.max()))
 
 
 class _Weights:

@@ -212,7 +212,7 @@ def test_attention(
     monkeypatch.setattr(fused_attention, "_FEW_TOKENS", 10**6 if few else 0)
     kv_heads, dim = 2, 16
     starts, each = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), torch.tensor(lengths, device=DEVICE)
-    bounds = Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each))
+    bounds = Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each), int(each.max()))
     tokens = sum(lengths)
     qkv, do = random(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), random(tokens, heads * dim, dtype=dtype)
     angle = random(tokens, dim // 2, size=9.0)

@@ -93,6 +93,32 @@ def test_packed_rows_equal_one_row_at_a_time(files: BaseFiles, lora: Lora) -> No
             assert tiny.distance(ours[name], gradient) < 1e-5, (model.keep, name)
 
 
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_window_counts_as_soon_as_a_row_is_longer(files: BaseFiles, more: int) -> None:
+    model = by_hand(files, LORAS["all seven"])
+    rows = tiny.rows((5, model.shape.window + more))
+    peft = tiny.reference(model, LORAS["all seven"])
+    with torch.no_grad():
+        theirs = torch.cat([peft.base_model.model.model(input_ids=row[None]).last_hidden_state[0] for row in rows])
+        assert tiny.distance(states_of(model, rows), theirs) < 1e-5
+
+
+def test_gradients_are_handed_over_and_not_copied(files: BaseFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven linears of 42 layers are 588 copies otherwise."""
+    made, find = set(), Low.gradients
+
+    def watched(low: Low) -> list[Tensor]:
+        found = find(low)
+        made.update(gradient.data_ptr() for gradient in found)
+        return found
+
+    monkeypatch.setattr(Low, "gradients", watched)
+    model = by_hand(files, LORAS["all seven"])
+    states_of(model, tiny.rows(LENGTHS)).sum().backward()
+    gradients = [parameter.grad for parameter in models.trainable(model).values()]
+    assert {gradient.data_ptr() for gradient in gradients if gradient is not None} == made
+
+
 def test_no_row_sees_another(files: BaseFiles) -> None:
     model = by_hand(files, LORAS["all seven"])
     first, second, other = tiny.rows((20, 50, 20), seed=1)

@@ -30,7 +30,7 @@ def close(ours: Tensor | None, theirs: Tensor | None) -> None:
 def bounds(lengths: tuple[int, ...]) -> Bounds:
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     each = torch.tensor(lengths)
-    return Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each))
+    return Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each), int(each.max()))
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from tuneship.kernels.reference import Bounds
 
 # Less than any logit, and finite: a difference of two of them is 0, not NaN.
 LOW: tl.constexpr = tl.constexpr(-1e30)
+# Compiled once for every number of tokens, and not again for one that 16 does not divide.
+_jit = triton.jit(do_not_specialize=["tokens"])
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _seen(q_at, k_at, first, there, WINDOW: tl.constexpr):
     return seen
 
 
-@triton.jit
+@_jit
 def _attend(
     qkv, out, lse, firsts, tokens, row, heads, kv_heads, scale, cap,
     DIM: tl.constexpr, QUERIES: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr,
@@ -118,7 +120,7 @@ def _store_turned_back(
     tl.store(to + DIM // 2 + line[:, None] + half, b * c - a * s, mask=there[:, None])
 
 
-@triton.jit
+@_jit
 def _attend_backward_q(
     qkv, do, out, lse, delta, dqkv, cos, sin, firsts, tokens, row, heads, kv_heads, scale, cap,
     DIM: tl.constexpr, QUERIES: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr,
@@ -156,7 +158,7 @@ def _attend_backward_q(
     _store_turned_back(dq, dqkv + first_token * row, line, first_token, place, cos, sin, there, QUERIES * SHARED, DIM)
 
 
-@triton.jit
+@_jit
 def _attend_backward_kv(
     qkv, do, lse, delta, dqkv, cos, sin, firsts, lasts, tokens, row, heads, kv_heads, scale, cap,
     DIM: tl.constexpr, QUERIES: tl.constexpr, SHARED: tl.constexpr, KEYS: tl.constexpr,

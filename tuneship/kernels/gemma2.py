@@ -171,7 +171,7 @@ def _forward(
     hidden, r_input = ops.norm(x, layer.norms["input"], shape.eps, _want(layer, low, "qkv", room=True))
     qkv = low.forward("qkv", products["qkv"], hidden, masks.get("qkv", {}))
     qkv = ops.rotate(qkv, of.cos, of.sin, shape.heads + shape.kv_heads)
-    attended, lse = ops.attend(qkv, of.bounds, *_attention_numbers(layer))
+    attended, lse = ops.attend(qkv, of.bounds, *_attention_numbers(layer, of.bounds))
     chosen = attended if at is None else attended.index_select(0, at)
     rows = Rows(chosen, *(ops.quantise(chosen) if products["o"].fp8 else ()))
     projected = low.forward("o", products["o"], rows, masks.get("o", {}))
@@ -262,7 +262,7 @@ def _backward(
         # The layer's other places have no gradient of their own; only what looked back at them.
         d_attended, d_middle = (t.new_zeros(len(x), t.shape[1]).index_copy_(0, at, t) for t in (d_attended, d_middle))
     turned = ops.attend_backward(
-        d_attended, attended, kept["lse"], kept["qkv"], of.cos, of.sin, of.bounds, *_attention_numbers(layer)
+        d_attended, attended, kept["lse"], kept["qkv"], of.cos, of.sin, of.bounds, *_attention_numbers(layer, of.bounds)
     )
     d_qkv = Rows(turned, *(ops.quantise(turned) if products["qkv"].fp8 and wanted else ()))
     d_first = low.backward("qkv", products["qkv"], d_qkv, masks.get("qkv", {}), wanted)
@@ -275,14 +275,11 @@ def _backward(
     return dx
 
 
-def _attention_numbers(layer: Layer) -> tuple[tuple[int, int, int], float, float | None, int | None]:
+def _attention_numbers(layer: Layer, bounds: Bounds) -> tuple[tuple[int, int, int], float, float | None, int | None]:
     shape = layer.shape
-    return (
-        (shape.heads, shape.kv_heads, shape.head_dim),
-        shape.scale,
-        shape.softcap,
-        shape.window if layer.sliding else None,
-    )
+    # Rows that a window holds are seen whole, by the kernel that the other layers have compiled already.
+    window = shape.window if layer.sliding and bounds.longest > shape.window else None
+    return (shape.heads, shape.kv_heads, shape.head_dim), shape.scale, shape.softcap, window
 
 
 class _Norm(torch.autograd.Function):

@@ -16,6 +16,8 @@ from tuneship.kernels import operations
 
 # Of logits at a time. On a GPU, products of a thousand rows and more reach the card's speed.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
+# Rows of a product's block: a chunk of a few more would pay for a whole block.
+BLOCK = 128
 
 
 def label_loss(
@@ -44,6 +46,7 @@ class _LabelLoss(torch.autograd.Function):
     ) -> Tensor:
         ops = operations(hidden)
         size = max(1, CHUNK_BYTES[hidden.device.type] // (weight.element_size() * weight.shape[0]))
+        size = size // BLOCK * BLOCK or size
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for at in range(0, len(labels), size):

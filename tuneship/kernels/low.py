@@ -218,7 +218,8 @@ class Low:
 
     def gradients(self) -> list[Tensor]:
         """Of all parameters, in their order; once, after every product's are noted."""
-        found = [self._noted[index] for index in range(len(self.side.parameters))]
+        # Handed over, not shown: autograd copies a gradient that somebody else holds too.
+        found = [self._noted.pop(index) for index in range(len(self.side.parameters))]
         if found:
             torch._foreach_mul_(found[1::2], [adapter.scale for adapter in self.side.adapters])
         return found

@@ -163,6 +163,8 @@ class Bounds:
     """(tokens,), int32: the first token of its row."""
     last: Tensor
     """(tokens,), int32: one past the last."""
+    longest: int
+    """No row has more tokens."""
 
 
 def attend(
