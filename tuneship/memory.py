@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from tuneship.errors import InputError
 from tuneship.kernels.gemma2 import Keep, Shape
-from tuneship.kernels.head import CHUNK_BYTES
+from tuneship.kernels.head import chunk
 from tuneship.recipe import Lora, Recipe
 
 # Bytes of a frozen weight. fp8 holds it twice, for the way forward and back; nf4 with its block scales.
@@ -155,7 +155,8 @@ class Needs:
         if self.precision == "fp8":
             layer += 2 * shape.feed_forward + shape.width
         unpacked = element * 2 * shape.feed_forward * shape.width if self.precision == "nf4" else 0
-        head = CHUNK_BYTES["cuda"] + 3 * element * shape.width * tokens
+        logits = element * self.vocabulary
+        head = logits * chunk("cuda", logits) + 3 * element * shape.width * tokens
         return Memory(
             self.weights,
             _ADAPTER_BYTES * self.adapter_weights,

@@ -66,3 +66,9 @@ def test_bfloat16_loses_no_more_than_its_own_rounding() -> None:
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
     assert hidden.grad is not None
     torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(("row", "size"), [(2 * 256_000, 2176), (2**30, 1), (2**24, 64), (2**23, 128), (2**22, 256)])
+def test_a_chunk_ends_where_a_block_does(row: int, size: int) -> None:
+    """2,097 rows of Gemma 2's logits are 1 GB; a pack of 8,192 tokens has some 4,140 labels: two chunks, not three."""
+    assert head.chunk("cuda", row) == size

@@ -16,8 +16,14 @@ from tuneship.kernels import operations
 
 # Of logits at a time. On a GPU, products of a thousand rows and more reach the card's speed.
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 2**30}
-# Rows of a product's block: a chunk of a few more would pay for a whole block.
+# Rows of a block of a product: a chunk that ends within one pays for all of it.
 BLOCK = 128
+
+
+def chunk(device: str, row: int) -> int:
+    """Rows of logits at a time, of `row` bytes each: what CHUNK_BYTES hold, up to the end of a block."""
+    size = max(1, CHUNK_BYTES[device] // row)
+    return size if size < BLOCK else -(-size // BLOCK) * BLOCK
 
 
 def label_loss(
@@ -45,8 +51,7 @@ class _LabelLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, shares: Tensor | None
     ) -> Tensor:
         ops = operations(hidden)
-        size = max(1, CHUNK_BYTES[hidden.device.type] // (weight.element_size() * weight.shape[0]))
-        size = size // BLOCK * BLOCK or size
+        size = chunk(hidden.device.type, weight.element_size() * weight.shape[0])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
         for at in range(0, len(labels), size):
