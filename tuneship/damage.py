@@ -63,7 +63,15 @@ def guarded(file: Path, place: str = "") -> Iterator[None]:
         raise OutsideError(f"the file cannot be read: {error.strerror}", where=where) from error
     except KeyError as error:
         raise InputError(f"the file is damaged: it has no {error}", where=where, fix=fix) from error
-    except (ValueError, TypeError, AttributeError, LookupError, RecursionError, SafetensorError) as error:
+    except (
+        ValueError,
+        ArithmeticError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        SafetensorError,
+    ) as error:
         raise InputError(f"the file is damaged: {' '.join(str(error).split()):.200}", where=where, fix=fix) from error
 
 

@@ -294,7 +294,13 @@ def test_a_run_without_an_adapter_is_told(run: Path, target: Target) -> None:
         deploy(str(run), target)
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", '{"base": "x"}', '{"base": {"name": "x"}}', '{"base": {'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("{}", "[1]", '{"base": "x"}', '{"base": {"name": "x"}}', '{"base": {'),
+        '{"r": 1e999, "base": {"name": "google/gemma-2-9b", "revision": null}}',
+    ],
+)
 @pytest.mark.parametrize("file", ["tuneship.json", "adapter_config.json"])
 def test_a_damaged_adapter_is_told(run: Path, target: Target, kubectl: Kubectl, file: str, content: str) -> None:
     (run / "adapter" / file).write_text(content)

@@ -166,10 +166,11 @@ def test_diff_says_what_write_does(tmp_path: Path) -> None:
 
 
 def test_a_strangers_file_is_not_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("mine: true\n")
+    mine = "größe: 1\n".encode("latin-1")
+    (tmp_path / "a.yaml").write_bytes(mine)
     with pytest.raises(InputError, match="in the way"):
         render.write({"a.yaml": f"{render.MARK}\na: 1\n"}, tmp_path)
-    assert (tmp_path / "a.yaml").read_text() == "mine: true\n"
+    assert (tmp_path / "a.yaml").read_bytes() == mine
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:

@@ -193,7 +193,9 @@ def _opened(where: str, merged: bool) -> Iterator[tuple[Run, str | None]]:
 def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | None, force: str) -> Adapter:
     with guarded(part / PROVENANCE):
         base = read_json(part / PROVENANCE)["base"]
-        name, revision = str(base["name"]), str(base["revision"])
+        name, revision = base["name"], base["revision"]
+        if not isinstance(name, str) or not isinstance(revision, str):
+            raise ValueError("the base's name and revision are no texts")
     merged = part == run.merged
     if not merged and settings.base is None and not (hub.is_id(name) and "/" in name):
         raise InputError(

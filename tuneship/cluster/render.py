@@ -196,7 +196,8 @@ def _parse(path: Path) -> list[Any]:
 
 
 def _rendered(out: Path) -> Files:
-    texts = {path.relative_to(out).as_posix(): path.read_text(encoding="utf-8") for path in _yaml_files(out)}
+    # A stranger's file may be in any encoding; it only has to be told from ours.
+    texts = {path.relative_to(out).as_posix(): path.read_text("utf-8", errors="replace") for path in _yaml_files(out)}
     return {name: text for name, text in texts.items() if text.startswith(MARK)}
 
 
