@@ -162,8 +162,7 @@ class Replay:
 def fill(packed: Pack, size: int, share: float) -> dict[str, Tensor]:
     """A pack filled up to `size` tokens and as many labels, as tensors of fixed shapes; added labels count 0."""
     used, labels = len(packed.ids), len(packed.labels)
-    starts = torch.tensor([*packed.bounds, *([size] if used < size else [])], dtype=torch.int32)
-    lengths = starts.diff()
+    bounds = Bounds.of([*packed.bounds, *([size] if used < size else [])])
     ids, positions = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
     ids[:used], positions[:used] = torch.from_numpy(packed.ids), torch.from_numpy(packed.positions)
     positions[used:] = torch.arange(size - used)
@@ -174,8 +173,8 @@ def fill(packed: Pack, size: int, share: float) -> dict[str, Tensor]:
     return {
         "ids": ids,
         "positions": positions,
-        "first": starts[:-1].repeat_interleave(lengths),
-        "last": starts[1:].repeat_interleave(lengths),
+        "first": bounds.first,
+        "last": bounds.last,
         "labelled": labelled,
         "labels": wanted,
         "shares": shares,

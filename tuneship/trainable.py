@@ -26,7 +26,7 @@ from tuneship import base, memory
 from tuneship import model as models
 from tuneship.base import BaseFiles
 from tuneship.errors import InputError
-from tuneship.kernels import attention, gemma2, low, operations, to_device
+from tuneship.kernels import attention, gemma2, low, operations
 from tuneship.kernels import lora as lora_kernel
 from tuneship.kernels.attention import Documents, Layout
 from tuneship.kernels.frozen import Fp8, Frozen, Joined, Nf4, Plain
@@ -162,7 +162,7 @@ class HandModel(LoadedModel):
     def states(self, ids: Tensor, positions: Tensor, layout: Layout, at: Tensor | None = None) -> Tensor:
         """See `LoadedModel.states`."""
         assert isinstance(layout, Documents)
-        return self.run(ids, gemma2.batch(positions, _bounds(layout, self.device), self.shape), at)
+        return self.run(ids, gemma2.batch(positions, Bounds.of(layout.bounds).to(self.device), self.shape), at)
 
     def run(self, ids: Tensor, of: Batch, at: Tensor | None = None) -> Tensor:
         """The last hidden states of (tokens,) int64 ids whose places are known: (tokens, width), or those `at`."""
@@ -188,13 +188,6 @@ class HandModel(LoadedModel):
                     adapters.append(Adapter(name, product, start, end, float(linear.scaling["default"]), dropout))
                     weights += [linear.lora_A["default"].weight, linear.lora_B["default"].weight]
             yield adapters, weights
-
-
-def _bounds(layout: Documents, device: torch.device) -> Bounds:
-    starts = torch.tensor(layout.bounds, dtype=torch.int32)
-    lengths = starts.diff()
-    first, last = (to_device(edge.repeat_interleave(lengths), device) for edge in (starts[:-1], starts[1:]))
-    return Bounds(first, last, int(lengths.max()))
 
 
 class _Weights:

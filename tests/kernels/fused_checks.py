@@ -8,6 +8,7 @@ TRITON_INTERPRET=1 python -m pytest tests/kernels/fused_checks.py -v
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 from typing import Any
@@ -211,8 +212,7 @@ def test_attention(
 ) -> None:
     monkeypatch.setattr(fused_attention, "_FEW_TOKENS", 10**6 if few else 0)
     kv_heads, dim = 2, 16
-    starts, each = torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int(), torch.tensor(lengths, device=DEVICE)
-    bounds = Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each), int(each.max()))
+    bounds = Bounds.of([0, *itertools.accumulate(lengths)]).to(torch.device(DEVICE))
     tokens = sum(lengths)
     qkv, do = random(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype), random(tokens, heads * dim, dtype=dtype)
     angle = random(tokens, dim // 2, size=9.0)

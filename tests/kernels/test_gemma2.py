@@ -12,6 +12,7 @@ from typing import get_args
 import pytest
 import tiny
 import torch
+from peft import PeftModel
 from torch import Tensor
 
 from tuneship import model as models
@@ -54,6 +55,11 @@ def states_of(model: HandModel, rows: list[Tensor], at: Tensor | None = None) ->
     return model.states(torch.cat(rows), torch.cat([torch.arange(len(row)) for row in rows]), Documents(bounds), at)
 
 
+def one_at_a_time(peft: PeftModel, rows: list[Tensor]) -> Tensor:
+    """The states in transformers' eager attention and PEFT's own layers."""
+    return torch.cat([peft.base_model.model.model(input_ids=row[None]).last_hidden_state[0] for row in rows])
+
+
 def weights_of(states: Tensor) -> Tensor:
     """What each number of the states counts in the tests' loss."""
     return torch.randn(states.shape, generator=torch.Generator().manual_seed(2))
@@ -79,7 +85,7 @@ LORAS = {
 def test_packed_rows_equal_one_row_at_a_time(files: BaseFiles, lora: Lora) -> None:
     model, rows = by_hand(files, lora), tiny.rows(LENGTHS)
     peft = tiny.reference(model, lora)
-    theirs = torch.cat([peft.base_model.model.model(input_ids=row[None]).last_hidden_state[0] for row in rows])
+    theirs = one_at_a_time(peft, rows)
     (theirs * weights_of(theirs)).sum().backward()
     expected = {name: p.grad for name, p in peft.base_model.model.named_parameters() if p.requires_grad}
 
@@ -99,7 +105,7 @@ def test_a_window_counts_as_soon_as_a_row_is_longer(files: BaseFiles, more: int)
     rows = tiny.rows((5, model.shape.window + more))
     peft = tiny.reference(model, LORAS["all seven"])
     with torch.no_grad():
-        theirs = torch.cat([peft.base_model.model.model(input_ids=row[None]).last_hidden_state[0] for row in rows])
+        theirs = one_at_a_time(peft, rows)
         assert tiny.distance(states_of(model, rows), theirs) < 1e-5
 
 

@@ -5,6 +5,8 @@ python -m pytest tests/kernels/test_reference.py -v
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,9 +30,7 @@ def close(ours: Tensor | None, theirs: Tensor | None) -> None:
 
 
 def bounds(lengths: tuple[int, ...]) -> Bounds:
-    starts = torch.tensor([0, *lengths]).cumsum(0).int()
-    each = torch.tensor(lengths)
-    return Bounds(starts[:-1].repeat_interleave(each), starts[1:].repeat_interleave(each), int(each.max()))
+    return Bounds.of([0, *itertools.accumulate(lengths)])
 
 
 def norm(x: Tensor, weight: Tensor) -> Tensor:

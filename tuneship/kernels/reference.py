@@ -6,10 +6,14 @@ against. Every function takes and gives tensors of packed tokens: (tokens, width
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from tuneship.kernels import to_device
 
 FP8 = torch.float8_e4m3fn
 
@@ -165,6 +169,17 @@ class Bounds:
     """(tokens,), int32: one past the last."""
     longest: int
     """No row has more tokens."""
+
+    @classmethod
+    def of(cls, edges: Sequence[int]) -> Self:
+        """Of rows one behind the other, on the CPU: row i is tokens edges[i] to edges[i + 1]."""
+        at = torch.tensor(edges, dtype=torch.int32)
+        lengths = at.diff()
+        return cls(at[:-1].repeat_interleave(lengths), at[1:].repeat_interleave(lengths), int(lengths.max()))
+
+    def to(self, device: torch.device) -> Self:
+        """On a device; to a GPU without waiting for what it is doing."""
+        return replace(self, first=to_device(self.first, device), last=to_device(self.last, device))
 
 
 def attend(
