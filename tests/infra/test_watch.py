@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,23 @@ def test_ctrl_c_ends_the_looking_alone(tools: fake_tools.Tools, capsys: pytest.C
     watch("tiny-abc", "argo", every_s=0.01)
     person.join()
     assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
+
+
+@pytest.mark.parametrize("words", ["get workflow", "get pods", "logs"])
+def test_ctrl_c_while_a_tool_begins_leaves_none_behind(
+    tools: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
+) -> None:
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, argv: Sequence[str], **options: Any) -> None:
+            super().__init__(argv, **options)
+            begun.append(self)
+            if words in " ".join(argv):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    begun: list[subprocess.Popen[str]] = []
+    tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
+    tools.answer("kubectl logs", stay=True)
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    watch("tiny-abc", "argo", every_s=60)
+    assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
+    assert begun and all(process.returncode is not None for process in begun)

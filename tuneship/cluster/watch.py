@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from tuneship.cluster.commands import NoAnswer, read
@@ -41,11 +42,27 @@ def watch(run: str, namespace: str, *, every_s: float = EVERY_S, patience_s: flo
     """
     name = run.removeprefix("argo-")
     say(f"$ kubectl --namespace {namespace} get workflow {name} --output=json   (every {every_s:g} s)")
-    shown = _Shown(name, namespace)
-    patience = _Patience(patience_s)
-    pause = threading.Event()
+    ended = threading.Event()
+    # In a thread of its own: ctrl-C in this one then never meets a process half begun.
     try:
-        while True:
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                looking = pool.submit(_look, name, namespace, ended, every_s, _Patience(patience_s))
+                # In slices: a wait without end keeps ctrl-C from being heard.
+                while not looking.done():
+                    wait([looking], timeout=0.2)
+                looking.result()
+            finally:
+                ended.set()
+    except KeyboardInterrupt:
+        say(f"the run goes on; tuneship watch {name} looks at it again")
+
+
+def _look(name: str, namespace: str, ended: threading.Event, every_s: float, patience: _Patience) -> None:
+    """Says what changes until the workflow has ended, or `ended` is set."""
+    shown = _Shown(name, namespace)
+    try:
+        while not ended.is_set():
             try:
                 workflow = _get(name, namespace)
                 patience.answered()
@@ -56,10 +73,9 @@ def watch(run: str, namespace: str, *, every_s: float = EVERY_S, patience_s: flo
                     break
             except NoAnswer as error:
                 patience.failed(error)
-            pause.wait(every_s)
-    except KeyboardInterrupt:
-        say(f"the run goes on; tuneship watch {name} looks at it again")
-        return
+            ended.wait(every_s)
+        else:
+            return
     finally:
         shown.close()
     if phase != "Succeeded":
