@@ -265,6 +265,24 @@ def test_an_evaluation_that_another_pod_left_damaged_is_told(tmp_path: Path) -> 
     assert done.stderr == "" and done.stdout.splitlines() == [str(run / "evaluation.json")] * len(contents)
 
 
+STAGE = """
+import sys
+from types import SimpleNamespace
+from tuneship import flow, recipe
+made = recipe.load(sys.argv[1]).model_dump(mode="json")
+with flow._stage(SimpleNamespace(recipe=made, run="run")):
+    raise RuntimeError("refused: " + sys.argv[2])
+"""
+
+
+def test_s1_a_defect_in_a_step_is_shown_without_its_token(tmp_path: Path, make_recipe: Callable[..., Any]) -> None:
+    (tmp_path / "my.yaml").write_text(recipes.dump(make_recipe()), encoding="utf-8")
+    argv = [sys.executable, "-W", "ignore", "-c", STAGE, "my.yaml", CANARY]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: refused: " in done.stderr and CANARY not in done.stderr
+
+
 def test_wrong_input_is_told_once_and_never_tried_again(
     commands: Commands, tmp_path: Path, make_recipe: Callable[..., Any]
 ) -> None:

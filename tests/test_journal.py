@@ -345,6 +345,14 @@ def test_a_damaged_json_file_is_told(tmp_path: Path, content: bytes) -> None:
     assert caught.value.where == str(tmp_path / "x.json")
 
 
+def test_an_adapter_whose_base_has_no_fingerprint_is_told(tmp_path: Path) -> None:
+    run = journal.Run(tmp_path, make())
+    run.adapter.mkdir()
+    journal.write_json(run.adapter / journal.PROVENANCE, {"base": {"fingerprint": None}})
+    with pytest.raises(InputError, match="fingerprint is no text"):
+        run.trained_on()
+
+
 def test_the_codes_digest_is_that_of_its_files() -> None:
     facts = journal.code_facts()
     assert facts == journal.code_facts()

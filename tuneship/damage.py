@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,14 @@ def parse_json(content: bytes, file: Path, place: str = "") -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {error}", where=f"{file}{place}", fix=remake(file)) from error
+
+
+def text_of(facts: Mapping[str, Any], key: str) -> str:
+    """A value that is a text, and not null either; ValueError, for `guarded`, where it is none."""
+    value = facts[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is no text")
+    return value
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

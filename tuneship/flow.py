@@ -26,6 +26,7 @@ import html
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -41,6 +42,7 @@ from metaflow.plugins.argo.argo_workflows import ArgoWorkflows
 from tuneship import recipe as recipes
 from tuneship.cluster import kept, template
 from tuneship.cluster.kept import Kept
+from tuneship.credentials import redact
 from tuneship.damage import guarded
 from tuneship.errors import InputError, OutsideError, TuneshipError
 from tuneship.journal import Run, open_run, write_json
@@ -261,7 +263,7 @@ def _kept(flow: FinetuneFlow) -> Kept | None:
 
 @contextmanager
 def _stage(flow: FinetuneFlow) -> Iterator[Run]:
-    """The run's folder for one step; an error of ours ends the process with the right code.
+    """The run's folder for one step; an error ends the process, said without tokens and with the right code.
 
     In a pod that is the error's own code, by which Argo decides about another attempt; where nothing
     would change (a plain failure: a loss that is no number, too little memory) it is Metaflow's for
@@ -284,10 +286,14 @@ def _stage(flow: FinetuneFlow) -> Iterator[Run]:
             # Whoever started the flow says it.
             write_json(Path(file), error.to_dict())
         else:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {redact(str(error))}", file=sys.stderr)
         if place and error.exit_code != 1:
             sys.exit(error.exit_code)
         sys.exit(1 if isinstance(error, OutsideError) else METAFLOW_EXIT_DISALLOW_RETRY)
+    except Exception:
+        # A defect. Metaflow would show it and keep it as an artifact, with any token that it holds.
+        print(redact(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import tuneship
-from tuneship.damage import full_disk, guarded, parse_json, read_json
+from tuneship.damage import full_disk, guarded, parse_json, read_json, text_of
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 from tuneship.recipe import Gate, Recipe, validate
 
@@ -120,7 +120,7 @@ class Run:
             InputError: what stands beside the adapter is damaged.
         """
         with guarded(self.adapter / PROVENANCE):
-            return str(read_json(self.adapter / PROVENANCE)["base"]["fingerprint"])
+            return text_of(read_json(self.adapter / PROVENANCE)["base"], "fingerprint")
 
     def rewind(self, step: int) -> None:
         """Drops what metrics.jsonl says of updates after `step`."""

@@ -84,6 +84,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         (lambda folder: (folder / "tuneship.json").write_text("[]"), "the file is damaged"),
         (lambda folder: change(folder / "tuneship.json", base={}), "does not say which base"),
         (lambda folder: change(folder / "tuneship.json", base=["x"]), "the file is damaged"),
+        (
+            lambda folder: change(folder / "tuneship.json", base={"name": "x", "fingerprint": None}),
+            "fingerprint is no text",
+        ),
         (lambda folder: change(folder / "tuneship.json", recipe={"name": "tiny"}), "has no 'model'"),
         (lambda folder: change(folder / "tuneship.json", recipe={"name": "x", "model": {}}), "the file is damaged"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "the file is damaged"),

@@ -39,7 +39,7 @@ from tuneship.cluster.outputs import Outputs
 from tuneship.cluster.render import Files
 from tuneship.cluster.served import CONFIG_MAP, Adapter, Served, Settings
 from tuneship.console import say
-from tuneship.damage import guarded, read_json
+from tuneship.damage import guarded, read_json, text_of
 from tuneship.errors import GateError, InputError, OutsideError
 from tuneship.journal import PROVENANCE, Run, sha256_file
 
@@ -193,9 +193,7 @@ def _opened(where: str, merged: bool) -> Iterator[tuple[Run, str | None]]:
 def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | None, force: str) -> Adapter:
     with guarded(part / PROVENANCE):
         base = read_json(part / PROVENANCE)["base"]
-        name, revision = base["name"], base["revision"]
-        if not isinstance(name, str) or not isinstance(revision, str):
-            raise ValueError("the base's name and revision are no texts")
+        name, revision = text_of(base, "name"), text_of(base, "revision")
     merged = part == run.merged
     if not merged and settings.base is None and not (hub.is_id(name) and "/" in name):
         raise InputError(

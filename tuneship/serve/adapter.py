@@ -17,7 +17,7 @@ from typing import Any
 
 from tuneship import base, prompt
 from tuneship.base import BaseFiles
-from tuneship.damage import guarded, read_json, remake
+from tuneship.damage import guarded, read_json, remake, text_of
 from tuneship.errors import InputError
 from tuneship.journal import PROVENANCE, is_run, read_run
 from tuneship.prompt import Prompt
@@ -149,7 +149,7 @@ def find(path: Path, *, weights: bool = True) -> Adapter:
                 fix="serve an adapter folder made by tuneship train",
             )
         with guarded(folder / PROVENANCE):
-            trained_on, fingerprint = facts["base"]["name"], str(facts["base"]["fingerprint"])
+            trained_on, fingerprint = text_of(facts["base"], "name"), text_of(facts["base"], "fingerprint")
             model = Model.model_validate(recipe["model"])
         if named != trained_on:
             raise InputError(
