@@ -116,6 +116,15 @@ def test_a_run_in_the_bucket_is_served_from_where_it_is(run: Path, target: Targe
     assert served.adapters[served.serving].uri == uri and served.serving == name(run)
 
 
+def test_damage_in_the_bucket_is_told_with_its_uri(run: Path, target: Target) -> None:
+    uri = f"gs://{BUCKET}/runs/sql/argo-18"
+    (run / "evaluation.json").write_text("[]")
+    storage.upload(run, uri)
+    with pytest.raises(InputError, match="the file is damaged") as refusal:
+        deploy(uri, target)
+    assert refusal.value.where == f"{uri}/evaluation.json"
+
+
 def test_the_merged_model(run: Path, target: Target, tmp_path: Path) -> None:
     served = deploy(str(run), target, merged=True)
     uri = served.adapters[served.serving].uri

@@ -40,7 +40,7 @@ from tuneship.cluster.render import Files
 from tuneship.cluster.served import CONFIG_MAP, Adapter, Served, Settings
 from tuneship.console import say
 from tuneship.damage import guarded, read_json, text_of
-from tuneship.errors import GateError, InputError, OutsideError
+from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
 from tuneship.journal import PROVENANCE, Run, sha256_file
 
 DEPLOYMENT = "deployment/vllm-gemma-deployment"
@@ -182,12 +182,17 @@ def _opened(where: str, merged: bool) -> Iterator[tuple[Run, str | None]]:
         yield journal.read_run(Path(where)), None
         return
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        fetch.take(where, folder, merged=merged)
-        run = journal.read_run(folder)
-        if storage.is_remote(where) and "evaluation.json" in storage.listing(where):
-            storage.get(f"{where.rstrip('/')}/evaluation.json", run.evaluation_file)
-        yield run, where.rstrip("/")
+        folder, uri = Path(scratch), where.rstrip("/")
+        try:
+            fetch.take(where, folder, merged=merged)
+            run = journal.read_run(folder)
+            if storage.is_remote(where) and "evaluation.json" in storage.listing(where):
+                storage.get(f"{uri}/evaluation.json", run.evaluation_file)
+            yield run, uri
+        except TuneshipError as error:
+            # Named by what stays.
+            error.where, error.fix = (said.replace(scratch, uri) for said in (error.where, error.fix))
+            raise
 
 
 def _adapter(run: Run, part: Path, uri: str, settings: Settings, score: float | None, force: str) -> Adapter:
