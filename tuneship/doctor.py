@@ -135,9 +135,9 @@ def _profile(built: Outputs) -> Check:
     if not file.is_file():
         return Check("Metaflow profile", False, f"no {file}", "tuneship connect")
     try:
-        there = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return Check("Metaflow profile", False, f"{file} is not JSON", "move it away, then: tuneship connect")
+        there = connect.read_profile(file)
+    except TuneshipError as error:
+        return Check("Metaflow profile", False, f"{file}: {error.what}", error.fix)
     other = [key for key, value in connect.profile(built).items() if there.get(key) != value]
     if other:
         return Check("Metaflow profile", False, f"{file} says something else of {', '.join(other)}", "tuneship connect")

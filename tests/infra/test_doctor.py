@@ -74,6 +74,10 @@ def test_everything_there_but_the_port_forward(home: Path, monkeypatch: pytest.M
     found = {check.name: check.found for check in doctor.doctor(BUILT)}
     assert "no JSON object" in found["image"] and "says something else" in found["Metaflow profile"]
 
+    connect.profile_file(None).write_text("[1]")
+    found = {check.name: check.found for check in doctor.doctor(BUILT)}
+    assert found["Metaflow profile"].endswith("config.json: Metaflow's profile is no JSON object")
+
 
 def test_verbs_end_with_the_exit_codes_of_the_contract(commands: Commands, tmp_path: Path) -> None:
     bare = {"PATH": str(tmp_path), "HOME": str(tmp_path)}

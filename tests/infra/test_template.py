@@ -354,12 +354,12 @@ def test_what_metaflow_complains_of(verb: str, said: str, what: str, where: str,
     assert (caught.value.what, caught.value.where) == (what, where) and caught.value.fix
 
 
-@pytest.mark.parametrize("content", ["[1]", '"x"', "null", '{"METAFLOW'])
+@pytest.mark.parametrize("content", ["[]", "[1]", '"x"', "null", '{"METAFLOW', "[" * 100_000])
 def test_a_damaged_profile_is_told(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(InputError) as caught:
         argo.submit(sql(), environ={"METAFLOW_HOME": str(tmp_path)})
-    assert caught.value.where == str(tmp_path / "config.json") and caught.value.fix
+    assert (caught.value.where, caught.value.fix) == (str(tmp_path / "config.json"), "tuneship connect")
 
 
 def test_what_makes_no_template(tmp_path: Path) -> None:

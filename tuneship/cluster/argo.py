@@ -23,11 +23,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tuneship.cluster import connect
 from tuneship.cluster.commands import change, metaflow_user, read
 from tuneship.cluster.image import recorded
 from tuneship.console import say
 from tuneship.credentials import hub_token
-from tuneship.damage import guarded, read_json
 from tuneship.errors import InputError, OutsideError
 from tuneship.recipe import Recipe, validate
 
@@ -115,13 +115,8 @@ def _metaflow(argv: list[str], environment: dict[str, str]) -> None:
 
 def _profile(environment: Mapping[str, str]) -> dict[str, Any]:
     """Metaflow's settings: the environment's, then the profile's."""
-    home = Path(environment.get("METAFLOW_HOME") or Path.home() / ".metaflowconfig").expanduser()
-    named = environment.get("METAFLOW_PROFILE")
-    file = home / (f"config_{named}.json" if named else "config.json")
-    settings: dict[str, Any] = {}
-    if file.exists():
-        with guarded(file):
-            settings = dict(read_json(file))
+    file = connect.profile_file(environment.get("METAFLOW_PROFILE"), environment)
+    settings = connect.read_profile(file)
     settings |= {key: value for key, value in environment.items() if key.startswith("METAFLOW_")}
     if settings.get("METAFLOW_DEFAULT_DATASTORE") != "gs":
         raise OutsideError("Metaflow is not set up for the cluster", where=str(file), fix="tuneship connect")

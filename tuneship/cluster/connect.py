@@ -20,13 +20,15 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuneship.cluster.commands import INSTALL
 from tuneship.cluster.outputs import Outputs
 from tuneship.console import say
+from tuneship.damage import guarded
 from tuneship.errors import InputError, OutsideError
 from tuneship.journal import write_text
 
@@ -78,10 +80,30 @@ def profile(built: Outputs) -> dict[str, str | int]:
     }
 
 
-def profile_file(name: str | None) -> Path:
+def profile_file(name: str | None, environ: Mapping[str, str] = os.environ) -> Path:
     """Where Metaflow reads a profile: config.json, or config_NAME.json with METAFLOW_PROFILE=NAME."""
-    home = Path(os.environ.get("METAFLOW_HOME") or Path.home() / ".metaflowconfig")
+    home = Path(environ.get("METAFLOW_HOME") or Path.home() / ".metaflowconfig")
     return home.expanduser() / (f"config_{name}.json" if name else "config.json")
+
+
+def read_profile(file: Path) -> dict[str, Any]:
+    """Metaflow's settings in a profile; none where there is no such file.
+
+    Raises:
+        InputError: it holds no JSON object.
+        OutsideError: it cannot be read.
+    """
+    if not file.exists():
+        return {}
+    with guarded(file):
+        content = file.read_bytes()
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise InputError("Metaflow's profile is no JSON object", where=str(file), fix="tuneship connect")
+    return settings
 
 
 def write_profile(built: Outputs, file: Path, confirm: Callable[[str], bool], *, dry_run: bool = False) -> None:
