@@ -246,21 +246,41 @@ def test_ctrl_c_ends_the_looking_alone(tools: fake_tools.Tools, capsys: pytest.C
     assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
 
 
-@pytest.mark.parametrize("words", ["get workflow", "get pods", "logs"])
-def test_ctrl_c_while_a_tool_begins_leaves_none_behind(
-    tools: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str
-) -> None:
-    class Interrupted(subprocess.Popen[str]):
+def signalled(number: signal.Signals, words: str, begun: list[subprocess.Popen[str]]) -> type[subprocess.Popen[str]]:
+    """A Popen that is reached by a signal as soon as the tool with these words has begun."""
+
+    class Signalled(subprocess.Popen[str]):
         def __init__(self, argv: Sequence[str], **options: Any) -> None:
             super().__init__(argv, **options)
             begun.append(self)
             if words in " ".join(argv):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
 
+    return Signalled
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("words", ["get workflow", "get pods", "logs"])
+def test_a_signal_while_a_tool_begins_leaves_none_behind(
+    tools: fake_tools.Tools,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+    number: signal.Signals,
+) -> None:
     begun: list[subprocess.Popen[str]] = []
     tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
     tools.answer("kubectl logs", stay=True)
-    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(subprocess, "Popen", signalled(number, words, begun))
     watch("tiny-abc", "argo", every_s=60)
     assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
     assert begun and all(process.returncode is not None for process in begun)
+
+
+def test_ctrl_c_ends_kubectl_too_and_is_no_error(
+    tools: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tools.answer("kubectl get workflow", code=130)
+    monkeypatch.setattr(subprocess, "Popen", signalled(signal.SIGINT, "get workflow", []))
+    watch("tiny-abc", "argo")
+    assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")

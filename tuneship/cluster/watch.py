@@ -1,6 +1,6 @@
 """watch: a workflow as it goes. Steps and their pods, the wait for a GPU, the training's lines with its loss.
 
-It looks every few seconds and changes nothing: ctrl-C ends the looking, the run goes on. A cluster
+It looks every few seconds and changes nothing: a signal ends the looking, the run goes on. A cluster
 that does not answer is looked at for a minute more.
 """
 
@@ -13,13 +13,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from tuneship.cluster.commands import NoAnswer, read
 from tuneship.console import say
 from tuneship.credentials import redact
 from tuneship.errors import GateError, InputError, OutsideError, Stopped, TuneshipError
+from tuneship.signals import StopFlag, stop_flag
 
 EVERY_S = 5.0
 # How long a cluster may be silent before the watch ends.
@@ -40,47 +40,43 @@ def watch(run: str, namespace: str, *, every_s: float = EVERY_S, patience_s: flo
         OutsideError: kubectl is refused, or the cluster did not answer for so long.
         TuneshipError: it failed; of the kind that the failed step's exit code means.
     """
-    name = run.removeprefix("argo-")
+    name, phase = run.removeprefix("argo-"), ""
     say(f"$ kubectl --namespace {namespace} get workflow {name} --output=json   (every {every_s:g} s)")
-    ended = threading.Event()
-    # In a thread of its own: ctrl-C in this one then never meets a process half begun.
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                looking = pool.submit(_look, name, namespace, ended, every_s, _Patience(patience_s))
-                # In slices: a wait without end keeps ctrl-C from being heard.
-                while not looking.done():
-                    wait([looking], timeout=0.2)
-                looking.result()
-            finally:
-                ended.set()
-    except KeyboardInterrupt:
+    shown, patience = _Shown(name, namespace), _Patience(patience_s)
+    # A flag, since an exception could come where a process is half begun.
+    with stop_flag() as stop:
+        try:
+            while not stop:
+                try:
+                    workflow = _get(name, namespace)
+                    patience.answered()
+                    nodes = _pods(workflow)
+                    for node in nodes:
+                        shown.show(node)
+                    if (phase := workflow.get("status", {}).get("phase", "Pending")) in _ENDED:
+                        break
+                except NoAnswer as error:
+                    patience.failed(error)
+                _pause(every_s, stop)
+        except OutsideError:
+            # ctrl-C ends kubectl too.
+            if not stop:
+                raise
+        finally:
+            shown.close()
+    if phase not in _ENDED:
         say(f"the run goes on; tuneship watch {name} looks at it again")
-
-
-def _look(name: str, namespace: str, ended: threading.Event, every_s: float, patience: _Patience) -> None:
-    """Says what changes until the workflow has ended, or `ended` is set."""
-    shown = _Shown(name, namespace)
-    try:
-        while not ended.is_set():
-            try:
-                workflow = _get(name, namespace)
-                patience.answered()
-                nodes = _pods(workflow)
-                for node in nodes:
-                    shown.show(node)
-                if (phase := workflow.get("status", {}).get("phase", "Pending")) in _ENDED:
-                    break
-            except NoAnswer as error:
-                patience.failed(error)
-            ended.wait(every_s)
-        else:
-            return
-    finally:
-        shown.close()
+        return
     if phase != "Succeeded":
         raise _failure(name, namespace, workflow, nodes)
     say(f"{name}: succeeded")
+
+
+def _pause(seconds: float, stop: StopFlag) -> None:
+    """In slices, so that a signal is heard soon."""
+    end = time.monotonic() + seconds
+    while not stop and (left := end - time.monotonic()) > 0:
+        time.sleep(min(0.1, left))
 
 
 class _Patience:
