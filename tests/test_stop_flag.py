@@ -1,4 +1,4 @@
-"""SIGTERM and ctrl-C as a flag.
+"""SIGTERM, ctrl-C and a closed terminal as a flag.
 
 python -m pytest tests/test_stop_flag.py -v
 """
@@ -14,7 +14,7 @@ import pytest
 from tuneship.signals import StopFlag, stop_flag
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_sets_the_flag_and_interrupts_nothing(number: signal.Signals) -> None:
     with stop_flag() as stop:
         assert not stop

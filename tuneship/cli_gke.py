@@ -186,7 +186,6 @@ def connect(
 ) -> None:
     """Point kubectl and Metaflow at the cluster, and keep port-forwards to its services alive."""
     import shlex
-    import threading
 
     from tuneship.cluster import commands, terraform
     from tuneship.cluster import connect as connection
@@ -203,10 +202,8 @@ def connect(
             say(f"$ {shlex.join(one.argv)}")
         return
     say("the UI: http://localhost:8083   Argo: https://localhost:2746   ctrl-C ends the port-forwards")
-    try:
-        connection.keep_alive(wanted, threading.Event())
-    except KeyboardInterrupt:
-        say("the port-forwards are ended")
+    connection.keep_alive(wanted)
+    say("the port-forwards are ended")
 
 
 @app.command()

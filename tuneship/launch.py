@@ -23,6 +23,7 @@ from tuneship.cluster.commands import metaflow_user
 from tuneship.damage import read_json
 from tuneship.errors import Stopped, TuneshipError, from_dict
 from tuneship.recipe import Recipe
+from tuneship.signals import caught
 
 _LOOKS_EVERY_S = 0.3
 
@@ -72,12 +73,11 @@ def _run(arguments: list[str], error_file: Path) -> tuple[int, str | None]:
     stopped: list[str] = []
     told: set[int] = set()
 
-    def stop(number: int, _: object) -> None:
-        stopped.append(signal.Signals(number).name)
+    def stop(name: str) -> None:
+        stopped.append(name)
         _end_steps(process, told)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
+    with caught(stop):
         idle = 0
         while (code := process.poll()) is None:
             with suppress(subprocess.TimeoutExpired):
@@ -87,9 +87,6 @@ def _run(arguments: list[str], error_file: Path) -> tuple[int, str | None]:
             if idle > 2:
                 process.terminate()
         return code, stopped[0] if stopped else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _end_steps(process: subprocess.Popen[bytes], told: set[int]) -> int:

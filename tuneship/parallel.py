@@ -11,7 +11,6 @@ number of GPUs only how fast. NCCL on GPUs, Gloo on CPUs.
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch.multiprocessing import start_processes  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from tuneship.errors import TuneshipError, from_dict
+from tuneship.signals import caught
 
 Pass = TypeVar("Pass")
 _ERROR = "error-{}.json"
@@ -65,7 +65,7 @@ class Gang:
 
 
 def start(worker: Callable[..., None], arguments: tuple[Any, ...], *, processes: int) -> None:
-    """Runs `worker(gang, *arguments)` in so many processes, and waits. A SIGTERM or ctrl-C is passed on to them.
+    """Runs `worker(gang, *arguments)` in so many processes, and waits. A signal to end is passed on to them.
 
     Raises:
         TuneshipError: the error that ended the first of them that failed, of its own kind.
@@ -75,22 +75,19 @@ def start(worker: Callable[..., None], arguments: tuple[Any, ...], *, processes:
             _run, (worker, arguments, processes, scratch), nprocs=processes, join=False, start_method="spawn"
         )
 
-        def stop(*_: object) -> None:
+        def stop(_: str) -> None:
             for process in context.processes:
                 process.terminate()
 
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            while not context.join():
-                pass
+            with caught(stop):
+                while not context.join():
+                    pass
         except ProcessExitedException:
             errors = sorted(Path(scratch).glob(_ERROR.format("*")))
             if not errors:
                 raise
             raise from_dict(json.loads(errors[0].read_text(encoding="utf-8"))) from None
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _run(rank: int, worker: Callable[..., None], arguments: tuple[Any, ...], count: int, scratch: str) -> None:

@@ -1,10 +1,17 @@
-"""SIGTERM and ctrl-C as a flag, so that work ends where it can be taken up again; or as an error, where it is soon."""
+"""SIGTERM, ctrl-C and a closed terminal as a flag, so that work ends where it can be taken up again; or as an error.
+
+A terminal that is closed sends SIGHUP, and from then on whatever is written to it is an error. Under
+nohup, which ignores the signal, the work goes on.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -24,21 +31,47 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Catches SIGTERM and SIGINT while inside. Outside the main thread it never becomes true."""
+    """Catches the signals that want an end while inside. Outside the main thread it never becomes true."""
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
-    def note(number: int, _: object) -> None:
-        flag.signal = flag.signal or signal.Signals(number).name
+    def note(name: str) -> None:
+        flag.signal = flag.signal or name
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+    with caught(note):
         yield flag
+
+
+@contextmanager
+def caught(stop: Callable[[str], object]) -> Iterator[None]:
+    """Calls `stop` with the name of each signal that wants an end, while inside; in the main thread only."""
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            _leave_closed_terminal()
+        stop(signal.Signals(number).name)
+
+    wanted = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        wanted.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _leave_closed_terminal() -> None:
+    """What is still said goes nowhere: a line about the work must not end it."""
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
 
 
 @contextmanager

@@ -48,6 +48,41 @@ def test_f3_signals_at_awkward_instants(case: Case, prelude: str, after: int) ->
     case.goes_on_to_the_same_end()
 
 
+# A terminal of the process's own; another process holds its other end, and closes it by its death.
+TERMINAL = """
+import fcntl, os, signal, termios
+os.setsid()
+signal.signal(signal.SIGHUP, signal.{handler})
+ours, inner = os.openpty()
+person = os.fork()
+if person == 0:
+    os.close(inner)
+    os.close(2)
+    while os.read(ours, 65536):
+        pass
+os.close(ours)
+fcntl.ioctl(inner, termios.TIOCSCTTY, 0)
+{streams}
+"""
+CLOSED = "os.kill(person, signal.SIGKILL); os.waitpid(person, 0)"
+
+
+def test_f3_a_terminal_that_is_closed(case: Case) -> None:
+    terminal = TERMINAL.format(handler="SIG_DFL", streams="os.dup2(inner, 1); os.dup2(inner, 2)")
+    finished = case.train(prelude=terminal + at("tuneship.replay.answer_loss", CLOSED, call=7))
+    assert finished.code == 75
+    assert log(case.run)[-1]["step"] == 4
+    assert "step-4" in checkpoints(case.run)
+    case.goes_on_to_the_same_end()
+
+
+def test_f3_under_nohup_a_closed_terminal_stops_nothing(case: Case) -> None:
+    terminal = TERMINAL.format(handler="SIG_IGN", streams="")
+    finished = case.train(prelude=terminal + at("tuneship.replay.answer_loss", CLOSED, call=7))
+    assert finished.code == 0, finished.err
+    assert outcome(case.run) == case.undisturbed
+
+
 def test_f3_a_signal_in_the_last_update_finds_the_run_done(case: Case) -> None:
     finished = case.train(prelude=at("tuneship.replay.answer_loss", SIGTERM, call=2 * UPDATES))
     assert finished.code == 0

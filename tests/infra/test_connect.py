@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import threading
 from pathlib import Path
@@ -16,6 +18,7 @@ from tuneship.cluster import connect, outputs
 from tuneship.cluster import image as images
 from tuneship.cluster.connect import Forward, forwards, keep_alive, profile, profile_file, write_profile
 from tuneship.errors import InputError, OutsideError
+from tuneship.signals import stop_flag
 
 BUILT = outputs.read(Path(__file__).parents[2] / "infra" / "example-outputs.json")
 DIGEST = "sha256:" + "ab" * 32
@@ -74,7 +77,6 @@ def test_port_forwards_that_die_are_started_again(
         tools.answer("svc/argo-server", err="error: lost connection to pod\n", code=1)
     tools.answer("svc/argo-server", stay=True)
     tools.answer("svc/metaflow-ui-svc", stay=True)
-    stop = threading.Event()
 
     def end_it() -> None:
         try:
@@ -82,12 +84,14 @@ def test_port_forwards_that_die_are_started_again(
                 lambda: sum("argo-server" in call for call in tools.calls) == 5 and len(tools.calls) == 6, deadline_s=20
             )
         finally:
-            stop.set()
+            os.kill(os.getpid(), signal.SIGTERM)
 
     watcher = threading.Thread(target=end_it)
     watcher.start()
-    keep_alive([Forward("argo", "argo-server", 2746), Forward("metaflow", "metaflow-ui-svc", 8083)], stop, pause_s=0.01)
-    watcher.join()
+    # The outer flag is for a signal that comes when the inner one is gone: it must not end the tests.
+    with stop_flag():
+        keep_alive([Forward("argo", "argo-server", 2746), Forward("metaflow", "metaflow-ui-svc", 8083)], pause_s=0.01)
+        watcher.join()
     assert tools.calls.count("kubectl --namespace argo port-forward svc/argo-server 2746:2746") == 5
     assert tools.calls.count("kubectl --namespace metaflow port-forward svc/metaflow-ui-svc 8083:8083") == 1
     said = capsys.readouterr().err
@@ -99,7 +103,7 @@ def test_port_forwards_that_die_are_started_again(
 def test_without_kubectl_nothing_is_kept_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_tools.install(tmp_path, monkeypatch)
     with pytest.raises(OutsideError, match="kubectl is not installed"):
-        keep_alive(forwards(BUILT), threading.Event())
+        keep_alive(forwards(BUILT))
 
 
 def test_the_ports_are_those_that_connect_names() -> None:
@@ -114,7 +118,7 @@ def test_a_taken_port_ends_all_of_them(tmp_path: Path, monkeypatch: pytest.Monke
     tools.answer("8080:8080", err="unable to listen on port 8080: … bind: address already in use\n", code=1)
     tools.answer("port-forward", stay=True)
     with pytest.raises(OutsideError, match="port 8080 is taken") as caught:
-        keep_alive(forwards(BUILT), threading.Event())
+        keep_alive(forwards(BUILT))
     assert "lsof -i :8080" in caught.value.fix
 
 

@@ -31,6 +31,7 @@ from tuneship.console import say
 from tuneship.damage import guarded
 from tuneship.errors import InputError, OutsideError
 from tuneship.journal import write_text
+from tuneship.signals import stop_flag
 
 LONGEST_PAUSE_S = 30.0
 HELD_S = 30.0
@@ -133,13 +134,14 @@ def write_profile(built: Outputs, file: Path, confirm: Callable[[str], bool], *,
         write_text(file, text)
 
 
-def keep_alive(wanted: Sequence[Forward], stop: threading.Event, *, pause_s: float = 1.0) -> None:
-    """Runs the port-forwards until `stop` is set.
+def keep_alive(wanted: Sequence[Forward], *, pause_s: float = 1.0) -> None:
+    """Runs the port-forwards until a signal comes.
 
     Raises:
         OutsideError: there is no kubectl, or a port is taken on this machine.
     """
     failed: list[OutsideError] = []
+    stop = threading.Event()
 
     def keep(forward: Forward) -> None:
         try:
@@ -149,18 +151,15 @@ def keep_alive(wanted: Sequence[Forward], stop: threading.Event, *, pause_s: flo
             stop.set()
 
     threads = [threading.Thread(target=keep, args=(forward,)) for forward in wanted]
-    for thread in threads:
-        thread.start()
-    try:
-        # In slices: a wait without end keeps ctrl-C from being heard.
-        while any(thread.is_alive() for thread in threads):
-            threads[0].join(0.2)
-            for thread in threads[1:]:
-                thread.join(0.05)
-    finally:
-        stop.set()
+    with stop_flag() as signalled:
         for thread in threads:
-            thread.join()
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                if signalled:
+                    stop.set()
+                # In slices, so that a signal is heard soon.
+                thread.join(0.1)
     if failed:
         raise failed[0]
 
