@@ -258,7 +258,8 @@ def test_the_adapter_says_where_it_came_from(trained: Path, tiny_base: Path, row
     assert facts["updates"] == 6
     assert facts["loss"] == run.metrics()[-1]["loss"]
     assert facts["code"] == journal.code_facts()
-    assert facts["code"]["packages"]["torch"] == torch.__version__
+    # The wheel may leave out which CUDA it was built for, as `torch.__version__` does not.
+    assert facts["code"]["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     assert facts["device"].startswith("cpu")
     whole = run.provenance()
     assert whole["base"] == facts["base"]
