@@ -33,9 +33,6 @@ class StopFlag:
 def stop_flag() -> Iterator[StopFlag]:
     """Catches the signals that want an end while inside. Outside the main thread it never becomes true."""
     flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
 
     def note(name: str) -> None:
         flag.signal = flag.signal or name
@@ -46,7 +43,10 @@ def stop_flag() -> Iterator[StopFlag]:
 
 @contextmanager
 def caught(stop: Callable[[str], object]) -> Iterator[None]:
-    """Calls `stop` with the name of each signal that wants an end, while inside; in the main thread only."""
+    """Calls `stop` with the name of each signal that wants an end, while inside. Other threads get none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(number: int, _: FrameType | None) -> None:
         if number == signal.SIGHUP:

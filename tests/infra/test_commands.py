@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import fake_tools
 import psutil
 import pytest
+from zygote import until
 
 from tuneship.cluster import commands
-from tuneship.errors import InputError, OutsideError
+from tuneship.errors import InputError, OutsideError, Stopped
+from tuneship.signals import stop_flag
 
 
 def test_what_a_tool_is_told_and_what_is_shown_of_it(
@@ -28,6 +36,70 @@ def test_a_tool_that_is_not_there_is_told_before_it_is_called(tmp_path: Path, mo
     with pytest.raises(OutsideError, match="gke-gcloud-auth-plugin is not installed") as caught:
         commands.need("gcloud", "gke-gcloud-auth-plugin")
     assert "components install" in caught.value.fix
+
+
+# As Terraform: what has begun is finished, and written down, after what it is told; a pipe nobody reads ends it.
+GRACEFUL = """#!{python} -IS
+import os, signal, sys
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+told = []
+signal.signal(signal.SIGINT, lambda *_: told.append(len(told)))
+for wanted in range({count}):
+    open(f"waits{{wanted}}", "x").close()
+    while len(told) == wanted:
+        signal.sigtimedwait([], 0.01)
+    print(f"Interrupt {{wanted}} received", flush=True)
+for number in range(20):
+    print("still modifying", flush=True)
+    signal.sigtimedwait([], 0.01)
+open("state", "w").write(f"{{len(told)}} interrupts")
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(
+    "numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGINT, signal.SIGINT)]
+)
+def test_a_signal_is_passed_on_and_the_tools_end_awaited(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    numbers: tuple[signal.Signals, ...],
+) -> None:
+    (tmp_path / "terraform").write_text(GRACEFUL.format(python=sys.executable, count=len(numbers)))
+    (tmp_path / "terraform").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+    def press() -> None:
+        for count, number in enumerate(numbers):
+            try:
+                until(Path(f"waits{count}").exists, deadline_s=20)
+            finally:
+                os.kill(os.getpid(), number)
+
+    person = threading.Thread(target=press)
+    person.start()
+    # The outer flag is for a signal that comes when the inner one is gone: it must not end the tests.
+    with stop_flag():
+        with pytest.raises(Stopped, match=f"stopped by {numbers[0].name}, and terraform has ended") as caught:
+            commands.change("terraform", "apply")
+        person.join()
+    assert caught.value.where == "terraform apply"
+    assert Path("state").read_text() == f"{len(numbers)} interrupts"
+    assert capsys.readouterr().err.count("still modifying") == 20
+
+
+def test_a_signal_while_a_tool_begins_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Signalled(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    fake_tools.install(tmp_path, monkeypatch, "kubectl").answer("kubectl delete", stay=True)
+    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    with pytest.raises(Stopped):
+        commands.change("kubectl", "delete")
 
 
 def test_metaflow_is_told_a_name_that_it_takes() -> None:

@@ -6,15 +6,19 @@ tool itself says (`_SAID`); anything else keeps the tool's last line.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from tuneship.console import say
-from tuneship.errors import InputError, OutsideError
+from tuneship.errors import InputError, OutsideError, Stopped
+from tuneship.signals import caught
 
 # Where a tool comes from.
 INSTALL = {
@@ -130,6 +134,9 @@ def read(*argv: str, text: str | None = None) -> str:
 def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool = False) -> None:
     """Prints a command and runs it; what it says is shown while it says it.
 
+    A signal is passed on to the tool as a ctrl-C, and its end is awaited: Terraform finishes what it
+    has begun and writes its state. A second one it takes for an order to drop everything.
+
     Args:
         text: its standard input, which is not printed.
         before: the command that makes it, to print in its place.
@@ -138,30 +145,54 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
     Raises:
         OutsideError: the tool is missing, or fails.
         InputError: the user's variables are wrong.
+        Stopped: a signal came, and the tool has ended.
     """
     say(f"$ {before}{shlex.join(argv)}")
     if dry_run:
         return
-    try:
-        process = subprocess.Popen(
-            argv,
-            stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except FileNotFoundError:
-        raise _missing(argv[0]) from None
     said: list[str] = []
-    with process:
-        if text is not None:
-            assert process.stdin is not None
-            process.stdin.write(text)
-            process.stdin.close()
-        assert process.stdout is not None
-        for line in process.stdout:
-            said.append(line)
-            say(line.rstrip("\n"))
+    signals: list[str] = []
+    running: list[subprocess.Popen[str]] = []
+
+    def pass_on(name: str) -> None:
+        signals.append(name)
+        for process in running:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGINT)
+
+    with caught(pass_on):
+        try:
+            process = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                # Its own group: a ctrl-C in the terminal reaches it from here, and once.
+                process_group=0,
+            )
+        except FileNotFoundError:
+            raise _missing(argv[0]) from None
+        with process:
+            missed = signals[:1]
+            running.append(process)
+            for name in missed:
+                pass_on(name)
+            if text is not None:
+                assert process.stdin is not None
+                process.stdin.write(text)
+                process.stdin.close()
+            assert process.stdout is not None
+            for line in process.stdout:
+                said.append(line)
+                say(line.rstrip("\n"))
+    if signals:
+        raise Stopped(
+            f"stopped by {signals[0]}, and {argv[0]} has ended",
+            where=shlex.join(argv),
+            fix="run the same command again to go on",
+        )
     if process.returncode != 0:
         complain(argv, "".join(said))
 
