@@ -57,6 +57,14 @@ sys.exit(1)
 """
 
 
+def graceful(folder: Path, monkeypatch: pytest.MonkeyPatch, *, count: int) -> None:
+    """Terraform in a folder, which becomes the current one, and waits for so many signals."""
+    (folder / "terraform").write_text(GRACEFUL.format(python=sys.executable, count=count))
+    (folder / "terraform").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.chdir(folder)
+
+
 @pytest.mark.parametrize(
     "numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGHUP,), (signal.SIGINT, signal.SIGINT)]
 )
@@ -66,10 +74,7 @@ def test_a_signal_is_passed_on_and_the_tools_end_awaited(
     capsys: pytest.CaptureFixture[str],
     numbers: tuple[signal.Signals, ...],
 ) -> None:
-    (tmp_path / "terraform").write_text(GRACEFUL.format(python=sys.executable, count=len(numbers)))
-    (tmp_path / "terraform").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    graceful(tmp_path, monkeypatch, count=len(numbers))
 
     def press() -> None:
         for count, number in enumerate(numbers):
@@ -88,6 +93,18 @@ def test_a_signal_is_passed_on_and_the_tools_end_awaited(
     assert caught.value.where == "terraform apply"
     assert Path("state").read_text() == f"{len(numbers)} interrupts"
     assert capsys.readouterr().err.count("still modifying") == 20
+
+
+def test_a_tool_comes_to_its_end_though_nobody_reads_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(line: str) -> None:
+        if not line.startswith("$"):
+            raise BrokenPipeError
+
+    graceful(tmp_path, monkeypatch, count=0)
+    monkeypatch.setattr(commands, "say", gone)
+    with pytest.raises(OutsideError):
+        commands.change("terraform", "apply")
+    assert Path("state").exists()
 
 
 def test_a_signal_while_a_tool_begins_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
