@@ -153,7 +153,9 @@ def add_norm_norm(
     tokens, width = x.shape
     out = torch.empty_like(residual)
     rows, pointers, stride = _outputs(tokens, width, residual, want)
-    r, r_then = torch.empty(2, tokens, dtype=torch.float32, device=x.device).unbind()
+    # Two tensors: the second half of one would begin at a multiple of 16 bytes for every fourth number of tokens
+    # only, and each such number compiles its kernels anew.
+    r, r_then = (torch.empty(tokens, dtype=torch.float32, device=x.device) for _ in range(2))
     block, warps = _block(width)
     _add_norm[(tokens,)](
         residual, x, weight, then, out, r, *pointers, r_then, width, x.stride(0), stride, eps,
