@@ -117,6 +117,20 @@ def test_without_a_terminal_rich_is_not_loaded() -> None:
     assert done.stdout.splitlines()[-1] == "False"
 
 
+@pytest.mark.parametrize("redirected", ["2>/dev/full", "2>&1 >/dev/null | true"], ids=["no room", "no reader"])
+def test_what_nobody_hears_does_not_end_the_work(redirected: str) -> None:
+    lines = [
+        "from tuneship.console import say",
+        "for _ in range(20000): say('a line')",
+        "open('/dev/fd/3', 'w').write('done')",
+    ]
+    script = "\n".join(lines)
+    # In bash, so that the code is that of Python and not of what reads it.
+    argv = ["bash", "-c", f'exec 3>&1; "$0" -c "$1" {redirected}; exit "${{PIPESTATUS[0]}}"', sys.executable, script]
+    done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "done")
+
+
 def test_lines_of_several_threads_stay_whole() -> None:
     script = (
         "import sys, threading\nfrom tuneship.console import say\nsys.setswitchinterval(1e-6)\n"

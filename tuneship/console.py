@@ -6,10 +6,12 @@ Everything here goes to stderr; stdout belongs to results, so that `--json` can 
 from __future__ import annotations
 
 import io
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO, cast
 
 PLAIN_SECONDS = 10.0
 
@@ -17,8 +19,31 @@ PLAIN_SECONDS = 10.0
 def say(line: str) -> None:
     """One line of what is going on; whole, whatever other threads say at the same time."""
     # print would write the line's end on its own, and another thread's line could come between.
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    _Said(sys.stderr).write(f"{line}\n")
+
+
+class _Said(io.TextIOBase):
+    """A stream of what is going on, which must not end the work.
+
+    Its terminal is closed, or `tee` was ended by the same ctrl-C, or the log's disk is full: from then on what
+    is said goes nowhere.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str, /) -> int:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        return len(text)
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 def print_anything() -> None:
@@ -90,7 +115,8 @@ def progress(label: str, total: int | None = None, *, every: int | None = None) 
         rich_progress.TimeRemainingColumn(),
         rich_progress.TextColumn("{task.fields[note]}"),
     )
-    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(file=cast(TextIO, _Said(sys.stderr)))
+    with rich_progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=total, note="")
 
         class _Bar(Progress):

@@ -1,15 +1,11 @@
 """SIGTERM, ctrl-C and a closed terminal as a flag, so that work ends where it can be taken up again; or as an error.
 
-A terminal that is closed sends SIGHUP, and from then on whatever is written to it is an error. Under
-nohup, which ignores the signal, the work goes on.
+A terminal that is closed sends SIGHUP. Under nohup, which ignores it, the work goes on.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,8 +45,6 @@ def caught(stop: Callable[[str], object]) -> Iterator[None]:
         return
 
     def handle(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            _leave_closed_terminal()
         stop(signal.Signals(number).name)
 
     wanted = [signal.SIGTERM, signal.SIGINT]
@@ -62,16 +56,6 @@ def caught(stop: Callable[[str], object]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _leave_closed_terminal() -> None:
-    """What is still said goes nowhere: a line about the work must not end it."""
-    for stream in (1, 2):
-        with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, stream)
-                os.close(nowhere)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 # By the ids of the fault catalogue; a new test changes its number, on purpose.
-TESTS = {"f1": 14, "f2": 1, "f3": 13, "f4": 24, "f5": 8, "f6": 9, "f7": 7, "f8": 3, "f10": 1}
+TESTS = {"f1": 14, "f2": 1, "f3": 14, "f4": 24, "f5": 8, "f6": 9, "f7": 7, "f8": 3, "f10": 1}
 
 
 def test_every_fault_test_is_collected() -> None:

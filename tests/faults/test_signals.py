@@ -76,6 +76,16 @@ def test_f3_a_terminal_that_is_closed(case: Case) -> None:
     case.goes_on_to_the_same_end()
 
 
+def test_f3_ctrl_c_ends_the_reader_of_the_log_too(case: Case) -> None:
+    """As in `tuneship train … 2>&1 | tee log`."""
+    piped = "import os\nends, inner = os.pipe()\nos.dup2(inner, 1)\nos.dup2(inner, 2)\n"
+    trap = at("tuneship.replay.answer_loss", f"os.close(ends); {SIGINT}", call=7)
+    finished = case.train("--set", "train.logging_steps=1", prelude=piped + trap)
+    assert finished.code == 75
+    assert "step-4" in checkpoints(case.run)
+    case.goes_on_to_the_same_end()
+
+
 def test_f3_under_nohup_a_closed_terminal_stops_nothing(case: Case) -> None:
     terminal = TERMINAL.format(handler="SIG_IGN", streams="")
     finished = case.train(prelude=terminal + at("tuneship.replay.answer_loss", CLOSED, call=7))

@@ -186,9 +186,7 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
             assert process.stdout is not None
             for line in process.stdout:
                 said.append(line)
-                # Whoever reads along may be gone; what is read no further would end the tool in the middle.
-                with contextlib.suppress(OSError):
-                    say(line.rstrip("\n"))
+                say(line.rstrip("\n"))
     if signals:
         raise Stopped(
             f"stopped by {signals[0]}, and {argv[0]} has ended",
