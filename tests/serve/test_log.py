@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,9 @@ from gateway_kit import (
     assert_error,
     running,
 )
+
+from tuneship import console
+from tuneship.serve import gateway
 
 
 def test_v11_the_log_knows_requests_but_no_prompts_and_no_keys(
@@ -61,3 +66,16 @@ def test_v11_an_error_of_ours_tells_nothing(capfd: pytest.CaptureFixture[str]) -
     assert "kit.py:" in error["place"]
     assert b"private" not in b"".join(served.log) + answer.content
     assert "private" not in "".join(capfd.readouterr())
+
+
+def test_a_log_that_nobody_reads_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "w") as nobody:
+        with running(StubEngine(refusal=RuntimeError())) as served:
+            # Not before: what the server says of its start would already have gone nowhere.
+            monkeypatch.setattr(sys, "stderr", nobody)
+            monkeypatch.setattr(served.gateway, "_log", gateway._to_stderr)
+            assert_error(500, served.post("/v1/completions", PROMPT).content, "internal_error")
+        # What it still holds is written when it is closed, and now has somewhere to go.
+        console.say("nowhere")
