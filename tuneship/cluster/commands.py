@@ -152,33 +152,18 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
         return
     said: list[str] = []
     signals: list[str] = []
-    running: list[subprocess.Popen[str]] = []
+    process: subprocess.Popen[str] | None = None
 
     def pass_on(name: str) -> None:
         signals.append(name)
-        for process in running:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGINT)
+        if process is not None:
+            _interrupt(process)
 
     with caught(pass_on):
-        try:
-            process = subprocess.Popen(
-                argv,
-                stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                # Its own group: a ctrl-C in the terminal reaches it from here, and once.
-                process_group=0,
-            )
-        except FileNotFoundError:
-            raise _missing(argv[0]) from None
+        process = _begin(argv, text)
+        if signals:
+            _interrupt(process)
         with process:
-            missed = signals[:1]
-            running.append(process)
-            for name in missed:
-                pass_on(name)
             if text is not None:
                 assert process.stdin is not None
                 process.stdin.write(text)
@@ -195,6 +180,28 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
         )
     if process.returncode != 0:
         complain(argv, "".join(said))
+
+
+def _begin(argv: Sequence[str], text: str | None) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL if text is None else subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # Its own group: a ctrl-C in the terminal reaches it from here, and once.
+            process_group=0,
+        )
+    except FileNotFoundError:
+        raise _missing(argv[0]) from None
+
+
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """A ctrl-C for a tool and whatever it has started, if it still runs."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)
 
 
 def metaflow_user(environ: Mapping[str, str]) -> str:
