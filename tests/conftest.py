@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 # Before torch is imported. The models are tiny: a second thread brings nothing, and where the machine is
 # busy, threads that wait for each other in place make a test a hundred times slower.
@@ -39,6 +41,16 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL file of 60 good rows."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", sql_rows(60))
+
+
+@pytest.fixture
+def unread() -> Iterator[TextIO]:
+    """A stream whose reader is gone."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    # What it still holds, it tries to write when it is closed.
+    with suppress(BrokenPipeError), os.fdopen(writes, "w") as stream:
+        yield stream
 
 
 @pytest.fixture

@@ -12,10 +12,20 @@ to the same words are given one after the other, the last one again and again.
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from zygote import until
+
+from tuneship.signals import stop_flag
 
 if TYPE_CHECKING:
     import pytest
@@ -56,3 +66,42 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> Too
         file.chmod(0o755)
     monkeypatch.setenv("PATH", str(folder))
     return Tools(folder)
+
+
+@contextmanager
+def pressed(*presses: tuple[Callable[[], Any], signal.Signals]) -> Iterator[None]:
+    """Somebody who sends this process a signal once a condition holds, and then the next."""
+
+    def press() -> None:
+        for condition, number in presses:
+            try:
+                until(condition, deadline_s=20)
+            finally:
+                os.kill(os.getpid(), number)
+
+    person = threading.Thread(target=press)
+    person.start()
+    # For a signal that comes when what it was for has ended: it must not end the tests.
+    with stop_flag():
+        yield
+        person.join()
+
+
+def signalled(
+    number: signal.Signals, words: str, begun: list[subprocess.Popen[str]] | None = None
+) -> type[subprocess.Popen[str]]:
+    """A Popen of which this process gets a signal as soon as the tool with these words has begun.
+
+    Args:
+        begun: takes every tool that has begun.
+    """
+
+    class Signalled(subprocess.Popen[str]):
+        def __init__(self, argv: Sequence[str], **options: Any) -> None:
+            super().__init__(argv, **options)
+            if begun is not None:
+                begun.append(self)
+            if words in " ".join(argv):
+                os.kill(os.getpid(), number)
+
+    return Signalled

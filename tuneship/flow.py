@@ -42,6 +42,7 @@ from metaflow.plugins.argo.argo_workflows import ArgoWorkflows
 from tuneship import recipe as recipes
 from tuneship.cluster import kept, template
 from tuneship.cluster.kept import Kept
+from tuneship.console import say
 from tuneship.credentials import redact
 from tuneship.damage import guarded
 from tuneship.errors import InputError, OutsideError, TuneshipError
@@ -100,7 +101,7 @@ def _parse_config(text: str) -> dict[str, Any]:
     try:
         return read_config(text)
     except TuneshipError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         sys.exit(error.exit_code)
 
 
@@ -286,13 +287,13 @@ def _stage(flow: FinetuneFlow) -> Iterator[Run]:
             # Whoever started the flow says it.
             write_json(Path(file), error.to_dict())
         else:
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+            say(f"error: {redact(str(error))}")
         if place and error.exit_code != 1:
             sys.exit(error.exit_code)
         sys.exit(1 if isinstance(error, OutsideError) else METAFLOW_EXIT_DISALLOW_RETRY)
     except Exception:
         # A defect. Metaflow would show it and keep it as an artifact, with any token that it holds.
-        print(redact(traceback.format_exc()), file=sys.stderr)
+        say(redact(traceback.format_exc()))
         sys.exit(1)
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import fake_tools
 import psutil
 import pytest
-from zygote import until
 
 from tuneship.cluster import commands
 from tuneship.errors import InputError, OutsideError, Stopped
-from tuneship.signals import stop_flag
 
 
 def test_what_a_tool_is_told_and_what_is_shown_of_it(
@@ -76,44 +72,28 @@ def test_a_signal_is_passed_on_and_the_tools_end_awaited(
 ) -> None:
     graceful(tmp_path, monkeypatch, count=len(numbers))
 
-    def press() -> None:
-        for count, number in enumerate(numbers):
-            try:
-                until(Path(f"waits{count}").exists, deadline_s=20)
-            finally:
-                os.kill(os.getpid(), number)
-
-    person = threading.Thread(target=press)
-    person.start()
-    # The outer flag is for a signal that comes when the inner one is gone: it must not end the tests.
-    with stop_flag():
-        with pytest.raises(Stopped, match=f"stopped by {numbers[0].name}, and terraform has ended") as caught:
-            commands.change("terraform", "apply")
-        person.join()
+    presses = [(Path(f"waits{count}").exists, number) for count, number in enumerate(numbers)]
+    said = f"stopped by {numbers[0].name}, and terraform has ended"
+    with fake_tools.pressed(*presses), pytest.raises(Stopped, match=said) as caught:
+        commands.change("terraform", "apply")
     assert caught.value.where == "terraform apply"
     assert Path("state").read_text() == f"{len(numbers)} interrupts"
     assert capsys.readouterr().err.count("still modifying") == 20
 
 
-def test_a_tool_comes_to_its_end_though_nobody_reads_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tool_comes_to_its_end_though_nobody_reads_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unread: TextIO
+) -> None:
     graceful(tmp_path, monkeypatch, count=0)
-    reads, writes = os.pipe()
-    os.close(reads)
-    with os.fdopen(writes, "w") as nobody:
-        monkeypatch.setattr(sys, "stderr", nobody)
-        with pytest.raises(OutsideError):
-            commands.change("terraform", "apply")
+    monkeypatch.setattr(sys, "stderr", unread)
+    with pytest.raises(OutsideError):
+        commands.change("terraform", "apply")
     assert Path("state").exists()
 
 
 def test_a_signal_while_a_tool_begins_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Signalled(subprocess.Popen[str]):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            os.kill(os.getpid(), signal.SIGINT)
-
     fake_tools.install(tmp_path, monkeypatch, "kubectl").answer("kubectl delete", stay=True)
-    monkeypatch.setattr(subprocess, "Popen", Signalled)
+    monkeypatch.setattr(subprocess, "Popen", fake_tools.signalled(signal.SIGINT, "delete"))
     with pytest.raises(Stopped):
         commands.change("kubectl", "delete")
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import fake_tools
 import pytest
-from zygote import until
 
 from tuneship.cluster import connect, outputs
 from tuneship.cluster import image as images
 from tuneship.cluster.connect import Forward, forwards, keep_alive, profile, profile_file, write_profile
 from tuneship.errors import InputError, OutsideError
-from tuneship.signals import stop_flag
 
 BUILT = outputs.read(Path(__file__).parents[2] / "infra" / "example-outputs.json")
 DIGEST = "sha256:" + "ab" * 32
@@ -78,20 +74,11 @@ def test_port_forwards_that_die_are_started_again(
     tools.answer("svc/argo-server", stay=True)
     tools.answer("svc/metaflow-ui-svc", stay=True)
 
-    def end_it() -> None:
-        try:
-            until(
-                lambda: sum("argo-server" in call for call in tools.calls) == 5 and len(tools.calls) == 6, deadline_s=20
-            )
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def all_of_them() -> bool:
+        return sum("argo-server" in call for call in tools.calls) == 5 and len(tools.calls) == 6
 
-    watcher = threading.Thread(target=end_it)
-    watcher.start()
-    # The outer flag is for a signal that comes when the inner one is gone: it must not end the tests.
-    with stop_flag():
+    with fake_tools.pressed((all_of_them, signal.SIGTERM)):
         keep_alive([Forward("argo", "argo-server", 2746), Forward("metaflow", "metaflow-ui-svc", 8083)], pause_s=0.01)
-        watcher.join()
     assert tools.calls.count("kubectl --namespace argo port-forward svc/argo-server 2746:2746") == 5
     assert tools.calls.count("kubectl --namespace metaflow port-forward svc/metaflow-ui-svc 8083:8083") == 1
     said = capsys.readouterr().err

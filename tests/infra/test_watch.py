@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import fake_tools
 import pytest
-from zygote import until
 
 from tuneship.cluster.watch import watch
 from tuneship.errors import GateError, InputError, OutsideError, TuneshipError
-from tuneship.signals import stop_flag
 
 
 def workflow(phase: str, *nodes: dict[str, Any]) -> str:
@@ -234,32 +229,9 @@ def test_ctrl_c_ends_the_looking_alone(tools: fake_tools.Tools, capsys: pytest.C
     tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
     tools.answer("kubectl logs", stay=True)
 
-    def interrupt() -> None:
-        try:
-            until(lambda: any("logs" in call for call in tools.calls), deadline_s=20)
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    person = threading.Thread(target=interrupt)
-    person.start()
-    # The outer flag is for a signal that comes when the inner one is gone: it must not end the tests.
-    with stop_flag():
+    with fake_tools.pressed((lambda: any("logs" in call for call in tools.calls), signal.SIGINT)):
         watch("tiny-abc", "argo", every_s=0.01)
-        person.join()
     assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
-
-
-def signalled(number: signal.Signals, words: str, begun: list[subprocess.Popen[str]]) -> type[subprocess.Popen[str]]:
-    """A Popen that is reached by a signal as soon as the tool with these words has begun."""
-
-    class Signalled(subprocess.Popen[str]):
-        def __init__(self, argv: Sequence[str], **options: Any) -> None:
-            super().__init__(argv, **options)
-            begun.append(self)
-            if words in " ".join(argv):
-                os.kill(os.getpid(), number)
-
-    return Signalled
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -274,7 +246,7 @@ def test_a_signal_while_a_tool_begins_leaves_none_behind(
     begun: list[subprocess.Popen[str]] = []
     tools.answer("kubectl get workflow", out=workflow("Running", node("train", "Running")))
     tools.answer("kubectl logs", stay=True)
-    monkeypatch.setattr(subprocess, "Popen", signalled(number, words, begun))
+    monkeypatch.setattr(subprocess, "Popen", fake_tools.signalled(number, words, begun))
     watch("tiny-abc", "argo", every_s=60)
     assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")
     assert begun and all(process.returncode is not None for process in begun)
@@ -284,6 +256,6 @@ def test_ctrl_c_ends_kubectl_too_and_is_no_error(
     tools: fake_tools.Tools, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tools.answer("kubectl get workflow", code=130)
-    monkeypatch.setattr(subprocess, "Popen", signalled(signal.SIGINT, "get workflow", []))
+    monkeypatch.setattr(subprocess, "Popen", fake_tools.signalled(signal.SIGINT, "get workflow"))
     watch("tiny-abc", "argo")
     assert capsys.readouterr().err.endswith("the run goes on; tuneship watch tiny-abc looks at it again\n")

@@ -10,7 +10,7 @@ python -m pytest tests/kernels/test_cards.py -v
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -22,8 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tuneship import trainable
 from tuneship.kernels import fused, gemma2, head, low
-from tuneship.kernels.frozen import Fp8, Frozen, Joined, Plain
+from tuneship.kernels.frozen import Frozen
 from tuneship.kernels.gemma2 import Layer, Shape
 from tuneship.kernels.low import Adapter
 from tuneship.kernels.reference import Bounds
@@ -96,13 +97,6 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16, learns: bool = False
     return torch.empty(shape, dtype=dtype, device=META, requires_grad=learns)
 
 
-def frozen(rows: int, columns: int, fp8: bool, room: int, *, below: bool) -> Frozen:
-    weight = empty(rows, columns)
-    if fp8:
-        return Fp8(weight, fused.quantise)
-    return Joined(weight, room, below=below) if room else Plain(weight)
-
-
 def train(tokens: int, fp8: bool, targets: tuple[str, ...], row: int = 100) -> None:
     """A pass through two layers, the last at its labels only, and the loss, forward and back; rows of `row` tokens."""
     products: dict[str, Frozen] = {}
@@ -110,7 +104,8 @@ def train(tokens: int, fp8: bool, targets: tuple[str, ...], row: int = 100) -> N
     for product, parts in NINE.parts.items():
         named = [part for part in parts if part[0] in targets]
         inputs, below = NINE.inputs[product], product in ("o", "down")
-        products[product] = frozen(parts[-1][2], inputs, fp8, RANK * len(named), below=below)
+        weight = empty(parts[-1][2], inputs)
+        products[product] = trainable._frozen(weight, "fp8" if fp8 else "bfloat16", RANK * len(named), below=below)
         for name, start, end in named:
             adapters.append(Adapter(name, product, start, end, 2.0, 0.0))
             weights += [
@@ -120,8 +115,7 @@ def train(tokens: int, fp8: bool, targets: tuple[str, ...], row: int = 100) -> N
     layer = Layer(NINE, True, products, {name: empty(NINE.width) for name in names})
     (side,) = low.sides([(adapters, weights)], [products], torch.bfloat16)
 
-    whole = Bounds.of([*range(0, tokens, row), tokens])
-    bounds = replace(whole, first=whole.first.to(META), last=whole.last.to(META))
+    bounds = Bounds.of([*range(0, tokens, row), tokens]).to(META)
     of = gemma2.batch(empty(tokens, dtype=torch.int64), bounds, NINE)
     labels = empty(tokens // 2, dtype=torch.int64)
     x = gemma2.run_layer(empty(tokens, NINE.width, learns=True), layer, of, side, "all")

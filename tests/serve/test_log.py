@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from gateway_kit import (
@@ -17,7 +17,6 @@ from gateway_kit import (
     running,
 )
 
-from tuneship import console
 from tuneship.serve import gateway
 
 
@@ -68,14 +67,9 @@ def test_v11_an_error_of_ours_tells_nothing(capfd: pytest.CaptureFixture[str]) -
     assert "private" not in "".join(capfd.readouterr())
 
 
-def test_a_log_that_nobody_reads_costs_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    reads, writes = os.pipe()
-    os.close(reads)
-    with os.fdopen(writes, "w") as nobody:
-        with running(StubEngine(refusal=RuntimeError())) as served:
-            # Not before: what the server says of its start would already have gone nowhere.
-            monkeypatch.setattr(sys, "stderr", nobody)
-            monkeypatch.setattr(served.gateway, "_log", gateway._to_stderr)
-            assert_error(500, served.post("/v1/completions", PROMPT).content, "internal_error")
-        # What it still holds is written when it is closed, and now has somewhere to go.
-        console.say("nowhere")
+def test_a_log_that_nobody_reads_costs_no_answer(monkeypatch: pytest.MonkeyPatch, unread: TextIO) -> None:
+    with running(StubEngine(refusal=RuntimeError())) as served:
+        # Not before: what the server says of its start would already have gone nowhere.
+        monkeypatch.setattr(sys, "stderr", unread)
+        monkeypatch.setattr(served.gateway, "_log", gateway._to_stderr)
+        assert_error(500, served.post("/v1/completions", PROMPT).content, "internal_error")

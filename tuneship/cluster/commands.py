@@ -162,6 +162,7 @@ def change(*argv: str, text: str | None = None, before: str = "", dry_run: bool 
     with caught(pass_on):
         process = _begin(argv, text)
         if signals:
+            # They came while it began.
             _interrupt(process)
         with process:
             if text is not None:
